@@ -1,0 +1,176 @@
+"""Focus attention in blocks of queries, each against its own band of keys: O(T·max_span), never T × T.
+
+Backward recomputes block by block, so that training keeps O(T) memory whatever the number of iterations is.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .iteration import feed_back, has_converged, log_weight, soft_span_mask
+from .problem import FocusOutput, FocusProblem
+
+QUERY_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries [start, stop) and the keys [first, last) that any of them can reach."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def of(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """The part of a tensor of the problem that this block reads: a view, never a copy."""
+        if tensor is None or name in ("feedback_matrix", "mix", "gain"):
+            return tensor
+        if name in ("key", "value"):
+            return tensor[:, :, self.first : self.last]
+        if name in ("attention_mask", "position_bias"):
+            rows = slice(self.start, self.stop) if tensor.shape[2] > 1 else slice(None)
+            columns = slice(self.first, self.last) if tensor.shape[3] > 1 else slice(None)
+            return tensor[:, :, rows, columns]
+        return tensor[:, :, self.start : self.stop]
+
+
+def _blocks(problem: FocusProblem, size: int) -> list[_Block]:
+    length, num_keys = problem.query.shape[2], problem.key.shape[2]
+    reach, offset = problem.max_span - 1, problem.query_offset
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        last = stop + offset if problem.is_causal else stop + offset + reach
+        # A window that lies outside the keys still needs one column, all masked, to give zeros
+        first = min(max(start + offset - reach, 0), num_keys - 1)
+        blocks.append(_Block(start, stop, first, max(min(last, num_keys), first + 1)))
+    return blocks
+
+
+def _band(problem: FocusProblem, block: _Block) -> FocusProblem:
+    names = (*problem.TENSORS, "attention_mask")
+    parts = {name: block.of(name, getattr(problem, name)) for name in names}
+    # From here on positions count from the band's first key
+    part = _unchecked(problem, **parts, query_offset=problem.query_offset + block.start - block.first)
+    return part
+
+
+def _unchecked(problem: FocusProblem, **changes: Any) -> FocusProblem:
+    """`replace` without validating again: blocks of a valid problem are valid."""
+    part = object.__new__(FocusProblem)
+    part.__dict__.update(problem.__dict__, **changes)
+    return part
+
+
+def _solve(p: FocusProblem) -> FocusOutput:
+    """One band, all iterations. Grouped heads stay grouped: the queries of a group are rows of one product."""
+    dtype = p.compute_dtype
+    batch, heads, length, _ = p.query.shape
+    kv_heads, num_keys = p.key.shape[1:3]
+    # The tanh of a soft cap stands between scale and temperature; without it both fold into the query
+    rescale = p.sharpness.to(dtype)[..., None]
+    fold = p.scaling if p.softcap is not None else p.scaling * rescale
+
+    distance = torch.arange(length, device=p.key.device)[:, None] + p.query_offset
+    distance = distance - torch.arange(num_keys, device=p.key.device)
+    weight = soft_span_mask(distance.abs(), p.span.to(dtype)[..., None], p.ramp, p.max_span)
+    if p.is_causal:
+        weight = weight.masked_fill(distance < 0, 0)
+    bias = log_weight(weight)
+    if p.attention_mask is not None:
+        bias = bias + p.additive_mask(p.attention_mask)
+    if p.position_bias is not None:
+        bias = bias + p.position_bias
+    in_span = (bias > float("-inf")).sum(-1).clamp_min(1) if p.need_statistics else None
+
+    # Half precision: products in the inputs' dtype, everything else in float32
+    first_query = query = p.query.to(dtype)
+    key = p.key.transpose(-1, -2)
+    output = first_query.new_zeros(batch, heads, length, p.value.shape[-1])
+    running = torch.ones(batch, heads, length, dtype=torch.bool, device=p.query.device)
+    iterations = torch.zeros_like(running, dtype=torch.long)
+    result, entropy, coverage = output, None, None
+    grouped = (batch, kv_heads, heads // kv_heads * length, -1)
+    for step in range(p.max_iterations):
+        rows = (query * fold).to(p.key.dtype).reshape(grouped)
+        scores = (rows @ key).view(batch, heads, length, num_keys).to(dtype)
+        if p.softcap is not None:
+            scores = p.softcap * torch.tanh(scores / p.softcap) * rescale
+        scores = scores + bias
+        top = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        summed = (weights.to(p.value.dtype).reshape(grouped) @ p.value).view(output.shape).to(dtype)
+        new_output = torch.where(running[..., None], summed / total, output)
+        iterations = iterations + running
+        if p.need_statistics:
+            with torch.no_grad():
+                share = weights / total
+                new_entropy = torch.special.entr(share).sum(-1)
+                new_coverage = (share > p.coverage_threshold).sum(-1) / in_span
+                entropy = new_entropy if entropy is None else torch.where(running, new_entropy, entropy)
+                coverage = new_coverage if coverage is None else torch.where(running, new_coverage, coverage)
+        running = running & ~has_converged(new_output, output, p.stop, p.base_threshold, p.threshold_scale)
+        output = new_output
+        last = step == p.max_iterations - 1 or _all_stopped(running)
+        if p.readout_weights is not None:
+            share = p.readout_weights[..., step:] if last else p.readout_weights[..., step : step + 1]
+            result = result + share.to(dtype).sum(-1, keepdim=True) * output
+        if last:
+            break
+        query = feed_back(query, first_query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
+    if p.readout_weights is None:
+        result = output
+    return FocusOutput(result.to(p.query.dtype), entropy, coverage, iterations)
+
+
+def _all_stopped(running: Tensor) -> bool:
+    # Reading the answer is free on a CPU only; elsewhere it would wait for the device
+    return running.device.type == "cpu" and not torch.compiler.is_compiling() and not running.any()
+
+
+class _Blocked(torch.autograd.Function):
+    """All blocks, with a backward that solves each block again and adds up the gradients of shared keys in place."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: FocusProblem, size: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem = _unchecked(problem, **dict(zip(FocusProblem.TENSORS, tensors, strict=True)))
+        ctx.save_for_backward(*tensors, problem.attention_mask)
+        # The context must not hold the tensors a second time, out of autograd's sight
+        ctx.settings = _unchecked(problem, **dict.fromkeys((*FocusProblem.TENSORS, "attention_mask")))
+        ctx.size = size
+        parts = [_solve(_band(problem, block)) for block in _blocks(problem, size)]
+        joined = [torch.cat(part, dim=2) if part[0] is not None else None for part in zip(*parts, strict=True)]
+        ctx.mark_non_differentiable(*(x for x in joined[1:] if x is not None))
+        return tuple(joined)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, mask = ctx.saved_tensors
+        names = FocusProblem.TENSORS
+        problem = _unchecked(ctx.settings, **dict(zip(names, tensors, strict=True)), attention_mask=mask)
+        problem = replace(problem, need_statistics=False)
+        wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
+        # Many blocks add into one key: sums are kept at full precision
+        sums = {name: torch.zeros_like(getattr(problem, name), dtype=problem.compute_dtype) for name in wanted}
+        for block in _blocks(problem, ctx.size):
+            band = _band(problem, block)
+            with torch.enable_grad():
+                leaves = {name: getattr(band, name).detach().requires_grad_() for name in wanted}
+                output = _solve(_unchecked(band, **leaves)).output
+            grads = torch.autograd.grad(
+                output, list(leaves.values()), grad[:, :, block.start : block.stop], allow_unused=True
+            )
+            for name, part in zip(wanted, grads, strict=True):
+                if part is not None:
+                    block.of(name, sums[name]).add_(part)
+        grads = (sums[name].to(getattr(problem, name).dtype) if name in sums else None for name in names)
+        return (None, None, *grads)
+
+
+def focus_blocked(problem: FocusProblem, size: int = QUERY_BLOCK) -> FocusOutput:
+    """Solve `problem` in blocks of `size` queries. Time O(T·(max_span + size)·iterations), memory O(T)."""
+    return FocusOutput(*_Blocked.apply(problem, size, *(getattr(problem, name) for name in FocusProblem.TENSORS)))

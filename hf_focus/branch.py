@@ -1,0 +1,230 @@
+"""`FocusBranch`: all that FocusA adds to one attention layer. It is the layer's submodule `focus`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .attention import focus_attention
+from .configuration import FocusConfig
+from .masks import count_visible, gather_reach, own_key_visible
+from .pooling import pool_global
+from .recording import FocusRecord, is_observed, notify
+from .refiner import Refiner
+from .span import AdaptiveSpan, Predictor, count_in_span
+
+
+class FocusBranch(nn.Module):
+    """Predictor, refiner, span, iterated local attention, read-out and join of one attention layer.
+
+    Every weight starts so that the output is the global branch's, exactly: the join is P = [0, I] + W with W = 0, and
+    F = I + `feedback_matrix` with zeros. Kept as differences, weight decay pulls towards the pretrained model.
+
+    Args:
+        config: the settings.
+        num_heads: H, query heads.
+        head_dim: D of queries and keys.
+        value_head_dim: Dv of values.
+        join: whether the join with the global output is part of the branch; only `attend` may be called without.
+    """
+
+    def __init__(
+        self, config: FocusConfig, num_heads: int, head_dim: int, value_head_dim: int, join: bool = True
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.value_head_dim = value_head_dim
+        dims = num_heads * value_head_dim
+        self.predictor = Predictor(dims, num_heads if config.per_head_span else 1, config.initial_span)
+        self.span = AdaptiveSpan(num_heads, config.max_span, config.temperature, config.sharpen, config.temp_scale)
+        self.refiner = (
+            Refiner(actions=config.num_actions, alpha=config.alpha, gamma=config.gamma, epsilon=config.epsilon)
+            if config.refiner
+            else None
+        )
+        # What a single iteration never uses would be a parameter without a gradient
+        iterates = config.max_iterations > 1
+        normalized = iterates and config.feedback == "normalized"
+        mixture = iterates and config.readout == "mixture"
+        self.feedback_matrix = _parameter(iterates, num_heads, value_head_dim, head_dim)
+        self.mix = _parameter(normalized, num_heads)
+        self.log_gain = _parameter(normalized, num_heads)
+        self.readout_weight = _parameter(mixture, num_heads, head_dim, config.max_iterations)
+        self.readout_bias = _parameter(mixture, num_heads, config.max_iterations)
+        dense = config.combine == "projection"
+        shape = (2 * dims, dims) if dense else (num_heads, 2 * value_head_dim, value_head_dim)
+        self.join = _parameter(join, *shape)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every parameter and buffer to its start; those that were loaded from a checkpoint are left alone."""
+        for part in (self.predictor, self.span, self.refiner):
+            if part is not None:
+                part.reset_parameters()
+        for parameter in (self.feedback_matrix, self.mix, self.log_gain, self.readout_weight, self.join):
+            if parameter is not None:
+                init.zeros_(parameter)
+        if self.readout_bias is not None:
+            start = torch.zeros(self.readout_bias.shape)
+            start[:, 0] = self.config.readout_bias
+            init.copy_(self.readout_bias, start)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, global_output: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The layer's output (B, T, H, Dv): `attend`, whose arguments it takes, joined with `global_output`."""
+        local = self.attend(query, key, value, global_output, *args, **kwargs).transpose(1, 2)
+        weight, local = self.join.to(global_output.dtype), local.to(global_output.dtype)
+        if self.config.combine == "per_head":
+            both = torch.cat([local, global_output], dim=-1)
+            return global_output + torch.einsum("bthv,hvw->bthw", both, weight)
+        both = torch.cat([local.flatten(2), global_output.flatten(2)], dim=-1)
+        return global_output + (both @ weight).view_as(global_output)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        global_output: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        is_causal: bool = True,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        position_bias: Tensor | None = None,
+        sliding_window: int | None = None,
+        query_offset: int | Tensor = 0,
+    ) -> Tensor:
+        """The local branch: span from `global_output`, then iterated local attention.
+
+        Args:
+            query: (B, H, T, D), after position encoding.
+            key, value: (B, Hkv, S, D) and (B, Hkv, S, Dv), after the cache.
+            global_output: G (B, T, H, Dv).
+            attention_mask: what the model gave, (B, 1 or H, T, S), bool or additive, or None.
+            query_offset: position among the keys of the first query, see `masks.find_query_offset`.
+            is_causal, scaling, softcap, position_bias: as in `focus_attention`.
+            sliding_window: the layer's own window, which the local branch respects too.
+
+        Returns:
+            (B, H, T, Dv).
+        """
+        config = self.config
+        max_span = min(config.max_span, sliding_window or config.max_span)
+        length = query.shape[2]
+        if isinstance(query_offset, Tensor):
+            key, value, attention_mask, position_bias, query_offset = gather_reach(
+                key, value, attention_mask, position_bias, query_offset, length, max_span, is_causal
+            )
+        num_keys = key.shape[2]
+        valid = own_key_visible(attention_mask, length, num_keys, query_offset, query.device)
+        num_visible = count_visible(attention_mask, length, num_keys, query_offset, max_span, is_causal, query.device)
+
+        pooled = pool_global(global_output, attention_mask, config.span_granularity, config.window_size)
+        predicted = self.predictor(pooled.flatten(2))
+        scale, action, own = predicted, None, None
+        if self.refiner is not None:
+            with torch.no_grad():
+                own_kv = (x[:, :, query_offset : query_offset + length] for x in (key, value))
+                own = _own_statistics(query, *own_kv, query.shape[-1] ** -0.5 if scaling is None else scaling)
+                features = self._features(predicted, num_visible, global_output.transpose(1, 2), *own)
+                state = self.refiner.discretize(features)
+                action = self.refiner.choose_action(state)
+                factor = self.refiner.action_to_span_scale(action)
+            scale = (predicted * factor).clamp(0, 1)
+
+        span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
+        learning = self.refiner is not None and self.training
+        local = focus_attention(
+            query,
+            key,
+            value,
+            span,
+            temperature=temperature,
+            readout_weights=self._readout_weights(query),
+            feedback_matrix=self._feedback_matrix(),
+            mix=None if self.mix is None else self.mix.float().sigmoid(),
+            gain=None if self.log_gain is None else self.log_gain.float().exp(),
+            attention_mask=attention_mask,
+            position_bias=position_bias,
+            is_causal=is_causal,
+            scaling=scaling,
+            softcap=softcap,
+            query_offset=query_offset,
+            max_span=max_span,
+            ramp=config.ramp,
+            max_iterations=config.max_iterations,
+            feedback=config.feedback,
+            anchored=config.anchored,
+            stop=config.stop,
+            base_threshold=config.base_threshold,
+            threshold_scale=config.threshold_scale,
+            coverage_threshold=config.coverage_threshold,
+            need_statistics=learning or is_observed(),
+            backend=config.backend,
+        )
+        output = local.output
+        if learning:
+            with torch.no_grad():
+                reward = local.coverage - config.entropy_weight * local.entropy
+                if action.shape[1] == 1:
+                    reward = reward.mean(dim=1, keepdim=True)
+                in_span = count_in_span(num_visible, span, is_causal)
+                next_state = self.refiner.discretize(self._features(scale, in_span, output, *own))
+                learn_from = valid[:, None].expand(state.shape)
+            output = self.refiner.learn(
+                output,
+                state=state,
+                action=action,
+                reward=reward,
+                next_state=next_state,
+                features=features,
+                valid=learn_from,
+            )
+        if is_observed():
+            notify(
+                self,
+                FocusRecord(span, scale, local.entropy, local.coverage, local.iterations, action, valid),
+            )
+        return output
+
+    def _features(self, scale: Tensor, num_keys: Tensor, output: Tensor, value_size: Tensor, match: Tensor) -> Tensor:
+        """The refiner's four statistics, (B, H or 1, T, 4): span, log of the keys, how far the output shrank against
+        the query's own value (a diffuse average is short), match of the query with its own key."""
+        size = output.float().norm(dim=-1)
+        shrunk = (size.clamp_min(1e-12) / value_size.clamp_min(1e-12)).log()
+        features = [scale.float(), num_keys.float().log(), shrunk, match]
+        if scale.shape[1] == 1:
+            features = [x.mean(dim=1, keepdim=True) for x in features]
+        return torch.stack(torch.broadcast_tensors(*features), dim=-1)
+
+    def _readout_weights(self, query: Tensor) -> Tensor | None:
+        if self.readout_weight is None:
+            return None
+        logits = torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype)).float()
+        return (logits + self.readout_bias.float()[:, None]).softmax(dim=-1)
+
+    def _feedback_matrix(self) -> Tensor | None:
+        if self.feedback_matrix is None:
+            return None
+        identity = torch.eye(self.value_head_dim, self.head_dim, device=self.feedback_matrix.device)
+        return self.feedback_matrix.float() + identity
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, value_head_dim={self.value_head_dim}"
+
+
+def _parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if wanted else None
+
+
+def _own_statistics(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Size of the own value, and scaled score of the own key: (B, H, T) each, float32."""
+    groups = query.shape[1] // key.shape[1]
+    grouped = query.unflatten(1, (key.shape[1], groups)).float()
+    match = (grouped * key[:, :, None].float()).sum(dim=-1).flatten(1, 2) * scaling
+    return value.float().norm(dim=-1).repeat_interleave(groups, dim=1), match

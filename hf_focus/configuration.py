@@ -1,0 +1,206 @@
+"""`FocusConfig`: every setting of FocusA, validated when it is made, and saved inside the model's config.json."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import FocusConfigError, bad_value
+
+
+@dataclass(frozen=True)
+class _Rule:
+    accepted: str
+    holds: Callable[[Any], bool]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # NaN fails every comparison below, infinity fails this one
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _int_from(low: int) -> _Rule:
+    return _Rule(f"an int >= {low}", lambda value: _is_int(value) and value >= low)
+
+
+def _optional(rule: _Rule) -> _Rule:
+    return _Rule(f"None or {rule.accepted}", lambda value: value is None or rule.holds(value))
+
+
+def _number(accepted: str, holds: Callable[[float], bool]) -> _Rule:
+    return _Rule(accepted, lambda value: _is_number(value) and holds(value))
+
+
+def _choice(*options: str) -> _Rule:
+    return _Rule("one of " + ", ".join(map(repr, options)), lambda value: isinstance(value, str) and value in options)
+
+
+_BOOL = _Rule("True or False", lambda value: isinstance(value, bool))
+_NON_NEGATIVE = _number("a number >= 0", lambda value: value >= 0)
+_FRACTION = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_LAYERS = _Rule(
+    "None (all layers) or a non-empty list of different ints >= 0",
+    lambda value: (
+        isinstance(value, list)
+        and bool(value)
+        and all(_is_int(layer) and layer >= 0 for layer in value)
+        and len(set(value)) == len(value)
+    ),
+)
+
+_RULES = {
+    "max_span": _int_from(1),
+    "max_iterations": _int_from(1),
+    "max_dist": _optional(_int_from(1)),
+    "sink_tokens": _int_from(0),
+    "layers": _optional(_LAYERS),
+    "ramp": _int_from(1),
+    "per_head_span": _BOOL,
+    "span_granularity": _choice("token", "window", "sequence"),
+    "window_size": _int_from(1),
+    "initial_span": _number("a number strictly between 0 and 1", lambda value: 0 < value < 1),
+    "span_penalty": _NON_NEGATIVE,
+    "temperature": _choice("learned", "seed"),
+    "sharpen": _BOOL,
+    "temp_scale": _NON_NEGATIVE,
+    "feedback": _choice("normalized", "additive"),
+    "anchored": _BOOL,
+    "readout": _choice("mixture", "last"),
+    "readout_bias": _number("a number", lambda value: True),
+    "combine": _choice("per_head", "projection"),
+    "stop": _choice("absolute", "relative"),
+    "base_threshold": _NON_NEGATIVE,
+    "threshold_scale": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "refiner": _BOOL,
+    "num_actions": _int_from(2),
+    "alpha": _FRACTION,
+    "gamma": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "epsilon": _FRACTION,
+    "entropy_weight": _NON_NEGATIVE,
+    "coverage_threshold": _FRACTION,
+    "global_attn_implementation": _optional(_choice("sdpa", "eager")),
+    "backend": _choice("auto", "reference", "blocked"),
+}
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """Settings of FocusA for one model. Immutable; validated on construction.
+
+    Args:
+        max_span: keys that the local branch can reach, in tokens, the query's own included.
+        max_iterations: most attention passes that one query makes over its span.
+        max_dist: how far the *global* branch looks, in tokens; None: as far as the model does.
+        sink_tokens: first tokens that stay visible to the global branch under `max_dist` (StreamingLLM, 2309.17453).
+        layers: numbers of the layers to patch; None patches all.
+        ramp: width of the soft edge of the span, in tokens (Adaptive Span, 1905.07799).
+        per_head_span: one span a head, or one shared by all heads (the seed).
+        span_granularity: what the predictor pools over: `"token"` (nothing), `"window"`, or `"sequence"` (the seed).
+            Only `"token"` is causal.
+        window_size: width of the `"window"` pooling, in tokens (the seed's `win_size`).
+        initial_span: share of `max_span` that an untrained predictor gives.
+        span_penalty: weight of the mean span (share of `max_span`) added to the model's loss.
+        temperature: `"learned"` (a head learns how it depends on the span and on the number of keys: scalable
+            softmax, 2501.19399) or `"seed"` (fixed, see `sharpen`).
+        sharpen: with `temperature="seed"`: τ = 1 + c(1 − s) if True, 0.5 + c·s if False, c = `temp_scale`.
+        temp_scale: c above.
+        feedback: how the output enters the next query: `"normalized"` (mixed in, norm kept) or
+            `"additive"` (the seed).
+        anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
+        readout: `"mixture"` (a learned average over the iterations) or `"last"` (the seed).
+        readout_bias: with `"mixture"`: how far, in logits, training starts on the first iterate; 0 is an
+            equal mixture.
+        combine: join of local and global output within a head (`"per_head"`) or across heads
+            (`"projection"`, the seed).
+        stop: the stop rule reads the change of the output in the values' units (`"absolute"`, the seed) or as a
+            share of its size (`"relative"`).
+        base_threshold: a query stops when its change δ < base_threshold + threshold_scale·δ.
+        threshold_scale: see `base_threshold`.
+        refiner: whether the Q-table corrects the predicted span.
+        num_actions: corrections the refiner chooses from: factors 0, 1/(A−1), …, 1.
+        alpha: learning rate of the Q-table.
+        gamma: discount of the Q-table.
+        epsilon: share of random actions while training.
+        entropy_weight: weight of the entropy in the refiner's reward, coverage − weight·entropy.
+        coverage_threshold: a key counts as covered when its weight is above this.
+        global_attn_implementation: attention of the global branch; None keeps the model's own choice.
+        backend: how the local branch is computed, see `focus_attention`.
+
+    Raises:
+        FocusConfigError: a value of the wrong type or out of range.
+    """
+
+    max_span: int = 256
+    max_iterations: int = 4
+    max_dist: int | None = None
+    sink_tokens: int = 4
+    layers: list[int] | None = None
+    ramp: int = 32
+    per_head_span: bool = True
+    span_granularity: str = "token"
+    window_size: int = 256
+    initial_span: float = 0.5
+    span_penalty: float = 0.0
+    temperature: str = "learned"
+    sharpen: bool = True
+    temp_scale: float = 0.01
+    feedback: str = "normalized"
+    anchored: bool = False
+    readout: str = "mixture"
+    readout_bias: float = 0.0
+    combine: str = "per_head"
+    stop: str = "absolute"
+    base_threshold: float = 1e-4
+    threshold_scale: float = 0.1
+    refiner: bool = True
+    num_actions: int = 10
+    alpha: float = 0.1
+    gamma: float = 0.9
+    epsilon: float = 0.1
+    entropy_weight: float = 0.1
+    coverage_threshold: float = 0.01
+    global_attn_implementation: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, (tuple, range)):
+            object.__setattr__(self, "layers", list(self.layers))
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if not rule.holds(value):
+                raise FocusConfigError(bad_value(name, value, rule.accepted))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FocusConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            FocusConfigError: `values` is no dict, or holds a name that is no setting, or a value that is not accepted.
+        """
+        if not isinstance(values, dict):
+            raise FocusConfigError(bad_value("focus_config", values, "a FocusConfig or a dict of its settings"))
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise FocusConfigError(bad_value("focus_config", name, f"the settings {', '.join(known)}"))
+        return cls(**values)
+
+    @classmethod
+    def build(cls, config: "FocusConfig | dict[str, Any] | None" = None, **overrides: Any) -> "FocusConfig":
+        """A config from another one, a dict or nothing, with some settings replaced.
+
+        Raises:
+            FocusConfigError: as the constructor and `from_dict`.
+        """
+        # By its dict and not by isinstance: loaded as remote code, this class exists twice
+        values = config.to_dict() if hasattr(config, "to_dict") else config if config is not None else {}
+        if not isinstance(values, dict):
+            raise FocusConfigError(bad_value("config", config, "a FocusConfig, a dict of its settings, or None"))
+        return cls.from_dict({**values, **overrides})

@@ -1,0 +1,101 @@
+"""Config classes of patched architectures: `FocusLlamaConfig(LlamaConfig)`, made on demand for any config class."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from .architecture import Architecture
+from .configuration import FocusConfig
+from .errors import FocusCheckpointError, FocusConfigError, bad_value
+
+MODEL_TYPE_PREFIX = "focus_"
+
+
+class FocusConfigMixin:
+    """What FocusA adds to an architecture's config: two entries of config.json.
+
+    focus_config: the `FocusConfig`, as a dict.
+    focus_architecture: the `Architecture` it was patched by, as a dict, so that the patch can be rebuilt where the
+        architecture is not declared; None until a model is made.
+    """
+
+    # Run on every new config: registration.py uses it to register the model classes that go with it
+    on_create: ClassVar[Callable[[type], None] | None] = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.focus_config = FocusConfig.build(self.focus_config).to_dict()
+        if FocusConfigMixin.on_create is not None:
+            FocusConfigMixin.on_create(type(self))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', with `focus_config=` accepted as a `FocusConfig` too.
+
+        Raises:
+            FocusCheckpointError: a Focus model's config.json without a valid `focus_config`.
+        """
+        config_dict = dict(config_dict)
+        if (override := kwargs.pop("focus_config", None)) is not None:
+            config_dict["focus_config"] = FocusConfig.build(override).to_dict()
+        if config_dict.get("model_type") == cls.model_type:
+            try:
+                FocusConfig.from_dict(config_dict.get("focus_config"))
+                if (architecture := config_dict.get("focus_architecture")) is not None:
+                    Architecture.from_dict(architecture)
+            except FocusConfigError as error:
+                raise FocusCheckpointError(
+                    f"config.json of this {cls.model_type} cannot be rebuilt: {error}"
+                ) from error
+        # A plain checkpoint loads into a Focus class: its type is the base's
+        config_dict["model_type"] = cls.model_type
+        return super().from_dict(config_dict, **kwargs)
+
+
+@cache
+def focus_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The Focus config class of an architecture's config class: the same object on every call.
+
+    Args:
+        base: for example `LlamaConfig`; a Focus config class is returned as it is.
+
+    Raises:
+        FocusConfigError: `base` is no config class of a model type.
+    """
+    if not (isinstance(base, type) and issubclass(base, PreTrainedConfig) and base.model_type):
+        raise FocusConfigError(bad_value("base", base, "a PreTrainedConfig subclass with a model_type"))
+    if issubclass(base, FocusConfigMixin):
+        return base
+    return type(
+        f"Focus{base.__name__}",
+        (FocusConfigMixin, base),
+        {
+            "__module__": __name__,
+            "__doc__": f"`{base.__name__}` of a model patched with FocusA.",
+            "__annotations__": {"focus_config": dict | None, "focus_architecture": dict | None},
+            "model_type": MODEL_TYPE_PREFIX + base.model_type,
+            "focus_config": None,
+            "focus_architecture": None,
+            "base_class": base,
+        },
+    )
+
+
+def to_focus(config: PreTrainedConfig, focus_config: FocusConfig, architecture: Architecture) -> PreTrainedConfig:
+    """A copy of a config as its Focus class."""
+    config = copy.deepcopy(config)
+    config.__class__ = focus_config_class(type(config))
+    config.focus_config = focus_config.to_dict()
+    config.focus_architecture = architecture.to_dict()
+    return config
+
+
+def to_base(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a Focus config as the architecture's own class, with nothing of ours left."""
+    config = copy.deepcopy(config)
+    config.__class__ = type(config).base_class
+    del config.focus_config, config.focus_architecture
+    return config

@@ -1,0 +1,108 @@
+"""The attention function that transformers calls: the model's own attention, and FocusA where a layer has it."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
+from .masks import find_query_offset, limit_distance
+
+PREFIX = "focus|"
+# Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix
+GLOBAL_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def focus_name(implementation: str) -> str:
+    """`"sdpa"` -> `"focus|sdpa"`.
+
+    Raises:
+        FocusConfigError: an implementation that the global branch cannot use.
+    """
+    implementation = global_name(implementation)
+    if implementation not in GLOBAL_IMPLEMENTATIONS:
+        accepted = " or ".join(map(repr, GLOBAL_IMPLEMENTATIONS))
+        raise FocusConfigError(bad_value("attn_implementation", implementation, accepted))
+    return PREFIX + implementation
+
+
+def global_name(implementation: str | None) -> str | None:
+    """`"focus|sdpa"` -> `"sdpa"`; anything else is returned as it is, bare `"focus"` as None."""
+    if implementation == PREFIX[:-1]:
+        return None
+    return implementation.removeprefix(PREFIX) if implementation else implementation
+
+
+def _global_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    # Each modeling file has an eager attention of its own
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    attention = _global_attention(module, implementation)
+    branch = getattr(module, "focus", None)
+    if branch is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    _check_sizes(module, branch, query, value, kwargs)
+    length, num_keys = query.shape[2], key.shape[2]
+    is_causal = kwargs.get("is_causal")
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    offset = find_query_offset(attention_mask, length, num_keys, is_causal)
+
+    global_mask, config = attention_mask, branch.config
+    if config.max_dist is not None:
+        dtype = query.dtype if implementation == "eager" else torch.bool
+        dtype = dtype if attention_mask is None else attention_mask.dtype
+        global_mask = limit_distance(
+            attention_mask, length, num_keys, offset, is_causal, config.max_dist, config.sink_tokens, dtype, key.device
+        )
+    output, weights = attention(module, query, key, value, global_mask, **kwargs)
+    output = branch(
+        query,
+        key,
+        value,
+        output,
+        attention_mask,
+        is_causal=is_causal,
+        query_offset=offset,
+        **{name: kwargs.get(name) for name in ("scaling", "softcap", "position_bias", "sliding_window")},
+    )
+    return output, weights
+
+
+def _check_sizes(module: nn.Module, branch: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+    wanted = (branch.num_heads, branch.head_dim, branch.value_head_dim)
+    given = (query.shape[1], query.shape[3], value.shape[3])
+    if given != wanted:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} attends with (num_heads, head_dim, value_head_dim) = {given}, and FocusA was"
+            f" built for {wanted}; name the right attributes with register_architecture."
+        )
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedArchitectureError(f"{type(module).__name__} has attention sinks, which FocusA does not know.")
+
+
+def register_interface() -> None:
+    """Make `"focus|sdpa"` and `"focus|eager"` known to transformers, each with the masks of the attention it wraps."""
+    for implementation in GLOBAL_IMPLEMENTATIONS:
+
+        def attend(module: nn.Module, *args: Any, _implementation: str = implementation, **kwargs: Any) -> Any:
+            return _attend(_implementation, module, *args, **kwargs)
+
+        AttentionInterface.register(PREFIX + implementation, attend)
+        AttentionMaskInterface.register(PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])

@@ -1,0 +1,88 @@
+"""The mathematics of one step of focus: soft span mask, feedback into the query, stop rule. Pure functions."""
+
+import torch
+from torch import Tensor
+
+FEEDBACKS = ("normalized", "additive")
+STOPS = ("absolute", "relative")
+
+
+def soft_span_mask(distance: Tensor, span: Tensor, ramp: int, max_span: int) -> Tensor:
+    """Weight m(d) = clamp((ramp + z − d)/ramp, 0, 1) of a key at distance d (Adaptive Span, 1905.07799, eq. 5).
+
+    Args:
+        distance: distances in tokens, >= 0, broadcastable against `span`.
+        span: z in tokens, >= 0.
+        ramp: width of the soft edge in tokens.
+        max_span: keys at this distance or further have weight 0 whatever the span is, which bounds the cost.
+
+    Returns:
+        Weights in [0, 1]; 1 at distance 0; differentiable with respect to `span` on the edge.
+    """
+    weight = ((ramp + span - distance) / ramp).clamp(0, 1)
+    return weight.masked_fill(distance >= max_span, 0)
+
+
+def log_weight(weight: Tensor) -> Tensor:
+    """log(weight) with −inf and a zero gradient where the weight is 0."""
+    positive = weight > 0
+    return torch.where(positive, weight, 1).log().masked_fill(~positive, float("-inf"))
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x` (..., D) at root mean square 1; zero stays zero, with a finite gradient."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + torch.finfo(x.dtype).tiny ** 0.5)
+
+
+def feed_back(
+    query: Tensor,
+    first_query: Tensor,
+    output: Tensor,
+    matrix: Tensor | None,
+    mix: Tensor | None,
+    gain: Tensor | None,
+    feedback: str,
+    anchored: bool,
+) -> Tensor:
+    """The next query, qᵗ⁺¹ = update(qᵗ, oᵗ·F).
+
+    `"additive"`: base + o·F (the seed; its norm grows). `"normalized"`: the direction (1 − α)·base + α·o·F, both at
+    equal size, at the norm of the first query times a gain. base is the query, or the first query if `anchored`.
+
+    Args:
+        query, first_query: (B, H, T, D).
+        output: (B, H, T, Dv).
+        matrix: F (H, Dv, D); None: the identity, cut or filled with zeros where Dv ≠ D.
+        mix: α (H,) in (0, 1); None: one half. Read by `"normalized"` only.
+        gain: (H,) > 0; None: one. Read by `"normalized"` only.
+    """
+    if matrix is None:
+        missing = query.shape[-1] - output.shape[-1]
+        fed = torch.nn.functional.pad(output, (0, missing)) if missing >= 0 else output[..., : query.shape[-1]]
+    else:
+        fed = torch.einsum("bhtv,hvd->bhtd", output, matrix)
+    base = first_query if anchored else query
+    if feedback == "additive":
+        return base + fed
+    alpha = 0.5 if mix is None else mix[:, None, None]
+    size = first_query.square().mean(dim=-1, keepdim=True).sqrt()
+    mixed = unit((1 - alpha) * unit(base) + alpha * unit(fed)) * size
+    return mixed if gain is None else mixed * gain[:, None, None]
+
+
+def has_converged(
+    output: Tensor, previous: Tensor, stop: str, base_threshold: float, threshold_scale: float
+) -> Tensor:
+    """Whether δ < base_threshold + threshold_scale·δ, δ the mean |change| over a query's own features.
+
+    Args:
+        output, previous: (..., Dv).
+        stop: `"absolute"` (the seed), or `"relative"`: δ as a share of the mean |output|.
+
+    Returns:
+        (...) bool.
+    """
+    change = (output - previous).abs().mean(dim=-1)
+    if stop == "relative":
+        change = change / output.abs().mean(dim=-1).clamp_min(torch.finfo(output.dtype).tiny)
+    return change < base_threshold + threshold_scale * change

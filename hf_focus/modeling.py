@@ -1,0 +1,210 @@
+"""Model classes of patched architectures: `FocusLlamaForCausalLM(LlamaForCausalLM)`, made on demand for any class."""
+
+import functools
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .architecture import Architecture, find_architecture
+from .branch import FocusBranch
+from .configuration import FocusConfig
+from .errors import FocusCheckpointError, FocusConfigError, bad_value
+from .focus_configs import MODEL_TYPE_PREFIX, FocusConfigMixin, focus_config_class, to_focus
+from .interface import focus_name, global_name
+from .recording import FocusRecord, observe
+from .refiner import Refiner
+from .sites import Site, build_branches, install, plan
+from .span import AdaptiveSpan, Predictor
+
+
+class FocusMixin:
+    """What FocusA adds to a model class: it builds the branches, initialises, loads and saves them."""
+
+    def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
+        if not isinstance(config, FocusConfigMixin):
+            config = to_focus(config, FocusConfig(), find_architecture(config.model_type))
+        super().__init__(config, *inputs, **kwargs)
+        focus_config, architecture = read_patch(config)
+        config.focus_architecture = architecture.to_dict()
+        sites = plan(self, focus_config, architecture)
+        install(sites, build_branches(sites, focus_config, torch.get_default_dtype()))
+        adopt(self, sites, focus_config, architecture)
+
+    @property
+    def focus_config(self) -> FocusConfig:
+        """The settings this model was patched with."""
+        return FocusConfig.from_dict(self.config.focus_config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (FocusBranch, Predictor, AdaptiveSpan, Refiner)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the source of the class's module, and that is this file
+        return cls.base_class._can_set_attn_implementation()
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Whatever attention is asked for becomes the global branch's."""
+        wanted = global_name(attn_implementation)
+        if wanted is None:
+            wanted = read_patch(self.config)[0].global_attn_implementation
+        return focus_name(super()._check_and_adjust_attn_implementation(wanted, *args, **kwargs))
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As transformers', for the global branch."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for module in self.modules():
+            # transformers does not ask inner models, only the outermost
+            if isinstance(module, FocusMixin):
+                module.config._attn_implementation_internal = focus_name(module.config._attn_implementation)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; a plain checkpoint of the base architecture loads too.
+
+        Args:
+            focus_config: `FocusConfig` to use for a plain checkpoint.
+
+        Raises:
+            FocusCheckpointError: the checkpoint holds FocusA weights that do not fit its config.json.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _check_loaded(model, info)
+        return (model, info) if want_info else model
+
+    def _with_span_penalty(self, weight: float, *args: Any, **kwargs: Any) -> Any:
+        spans: list[Tensor] = []
+
+        def keep(branch: FocusBranch, record: FocusRecord) -> None:
+            valid = record.valid[:, None].expand_as(record.span_fraction)
+            spans.append((record.span_fraction * valid).sum() / valid.sum().clamp_min(1))
+            if (
+                torch.is_grad_enabled()
+                and branch.predictor.linear.weight.requires_grad
+                and not spans[-1].requires_grad
+            ):
+                accepted = "0 with reentrant gradient checkpointing; use_reentrant=False allows it"
+                raise FocusConfigError(bad_value("span_penalty", weight, accepted))
+
+        with observe(keep):
+            outputs = super().forward(*args, **kwargs)
+        if isinstance(outputs, tuple):
+            loss, *rest = outputs
+            return (loss + weight * torch.stack(spans).mean(), *rest)
+        if outputs.loss is not None:
+            outputs["loss"] = outputs.loss + weight * torch.stack(spans).mean()
+        return outputs
+
+
+@cache
+def focus_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The Focus class of a model class: the same object on every call.
+
+    ```python
+    FocusLlama = focus_model_class(LlamaForCausalLM)
+    model = FocusLlama.from_pretrained("meta-llama/Llama-3.2-1B", focus_config=FocusConfig(max_span=128))
+    ```
+
+    Args:
+        base: a transformers model class; a Focus model class is returned as it is.
+
+    Raises:
+        FocusConfigError: `base` is no model class.
+    """
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise FocusConfigError(bad_value("base", base, "a PreTrainedModel subclass"))
+    if issubclass(base, FocusMixin):
+        return base
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{base.__name__}` with FocusA attention.",
+        "base_class": base,
+    }
+    if base.config_class is not None:
+        members["config_class"] = focus_config_class(base.config_class)
+    if "labels" in inspect.signature(base.forward).parameters:
+        members["forward"] = _forward_with_penalty(base)
+    return type(f"Focus{base.__name__}", (FocusMixin, base), members)
+
+
+def _forward_with_penalty(base: type[PreTrainedModel]) -> Any:
+    # Trainer and generate read the signature, which `wraps` keeps
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weight = self.config.focus_config["span_penalty"]
+        if weight and self.training and kwargs.get("labels") is not None:
+            return self._with_span_penalty(weight, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture]:
+    """The settings and the architecture saved in a Focus config.
+
+    Raises:
+        FocusConfigError, UnsupportedArchitectureError: they are not valid, or nothing is declared for the model type.
+    """
+    if config.focus_architecture is not None:
+        architecture = Architecture.from_dict(config.focus_architecture)
+    else:
+        architecture = find_architecture(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    return FocusConfig.from_dict(config.focus_config), architecture
+
+
+def adopt(model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, architecture: Architecture) -> None:
+    """Give `model`, and every inner model that holds a patched layer, their Focus class and config.
+
+    Configs are replaced by copies throughout the model, since another model may share the old ones.
+    """
+    holders = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and any(f"{site.path}.".startswith(f"{path}." if path else "") for site in sites)
+    ]
+    replaced = {
+        id(holder.config): (holder.config, to_focus(holder.config, focus_config, architecture))
+        for holder in holders
+        if not isinstance(holder.config, FocusConfigMixin)
+    }
+    for holder in holders:
+        holder.__class__ = focus_model_class(type(holder))
+    for old, new in replaced.values():
+        new._attn_implementation_internal = focus_name(
+            focus_config.global_attn_implementation or old._attn_implementation
+        )
+    repoint(model, {key: new for key, (_, new) in replaced.items()})
+
+
+def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
+    """Replace configs, given by the id of the old one, in every module that holds one."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in configs:
+                setattr(module, name, configs[id(value)])
+
+
+def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    ours = {name for name in model.state_dict() if ".focus." in name}
+    missing = ours & set(info["missing_keys"])
+    unexpected = {name for name in info["unexpected_keys"] if ".focus." in name}
+    mismatched = {entry[0] for entry in info["mismatched_keys"]} & ours
+    # With none of them present it is a plain checkpoint
+    if unexpected or mismatched or (missing and missing != ours):
+        found = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+        shown = "; ".join(
+            f"{what}: {', '.join(sorted(keys)[:3])} ({len(keys)})" for what, keys in found.items() if keys
+        )
+        raise FocusCheckpointError(
+            f"`focus_config` in config.json does not fit the weights beside it: {shown}. Accepted: the config.json"
+            " that was saved with these weights, or weights without any of FocusA's."
+        )

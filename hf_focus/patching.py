@@ -1,0 +1,85 @@
+"""`apply_focus` and `remove_focus`: FocusA into a live model and out of it again."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architecture import find_architecture
+from .branch import FocusBranch
+from .configuration import FocusConfig
+from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_value
+from .focus_configs import FocusConfigMixin, to_base
+from .interface import focus_name, global_name
+from .modeling import FocusMixin, adopt, focus_model_class, repoint
+from .sites import build_branches, install, plan
+
+
+def apply_focus(
+    model: PreTrainedModel, config: FocusConfig | dict[str, Any] | None = None, **settings: Any
+) -> PreTrainedModel:
+    """Replace the self-attention of `model` by FocusA, in place. Its outputs stay the same until it is trained.
+
+    ```python
+    apply_focus(model, FocusConfig(max_span=128))
+    apply_focus(model, max_span=128, layers=[2, 3])      # the same settings as keywords; some layers only
+    ```
+
+    Args:
+        model: a model of a supported architecture. Wrap it (PEFT, DDP, compile) after patching.
+        config: the settings; None: the defaults.
+        settings: settings that replace those of `config`.
+
+    Returns:
+        `model` itself, now of class `Focus…`, with a config of class `Focus…Config`.
+
+    Raises:
+        AlreadyPatchedError, FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError: before anything of
+            the model is changed.
+    """
+    if not isinstance(model, PreTrainedModel):
+        accepted = "a transformers PreTrainedModel; patch before wrapping it with PEFT, DDP or torch.compile"
+        raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
+    if _branches(model):
+        raise AlreadyPatchedError(
+            bad_value("model", type(model).__name__, "a model without FocusA; remove_focus(model) takes it off")
+        )
+    config = FocusConfig.build(config, **settings)
+    architecture = find_architecture(model.config.model_type)
+    sites = plan(model, config, architecture)
+    # Everything that can fail comes before the first change
+    focus_name(config.global_attn_implementation or model.config._attn_implementation)
+    focus_model_class(type(model))
+    branches = build_branches(sites, config, model.dtype)
+    install(sites, branches)
+    adopt(model, sites, config, architecture)
+    return model
+
+
+def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
+    """Take FocusA off `model`, in place: the original class, config and attention again. Its weights are dropped.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NotPatchedError: the model carries no FocusA.
+    """
+    if not isinstance(model, FocusMixin):
+        raise NotPatchedError(bad_value("model", type(model).__name__, "a model patched with FocusA"))
+    for path in _branches(model):
+        delattr(model.get_submodule(path.rpartition(".")[0]), "focus")
+    configs = {}
+    for module in model.modules():
+        if isinstance(module, FocusMixin):
+            module.__class__ = type(module).base_class
+            if isinstance(module.config, FocusConfigMixin) and id(module.config) not in configs:
+                base = to_base(module.config)
+                base._attn_implementation_internal = global_name(base._attn_implementation)
+                configs[id(module.config)] = base
+    repoint(model, configs)
+    return model
+
+
+def _branches(model: nn.Module) -> dict[str, FocusBranch]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, FocusBranch)}

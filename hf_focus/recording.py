@@ -1,0 +1,99 @@
+"""Observers of the local branch: `record_focus` for users, and the collector behind the span penalty."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .errors import NotPatchedError
+
+# A context variable and not a module attribute: threads and nested models do not see each other's observers
+_OBSERVERS: ContextVar[tuple[Callable[[nn.Module, "FocusRecord"], None], ...]] = ContextVar(
+    "focus_observers", default=()
+)
+
+
+@dataclass(frozen=True)
+class FocusRecord:
+    """What one attention layer did in one call. All (B, H, T), or (B, 1, T) where the heads share a span.
+
+    span: z in tokens. span_fraction: z / max_span. entropy: nats, of the last local attention. coverage: share of the
+    keys in the span with weight above the threshold. iterations: attentions made. action: the refiner's choice, None
+    without a refiner. valid: (B or 1, T), False on padding.
+    """
+
+    span: Tensor
+    span_fraction: Tensor
+    entropy: Tensor | None
+    coverage: Tensor | None
+    iterations: Tensor
+    action: Tensor | None
+    valid: Tensor
+
+    def detach(self) -> "FocusRecord":
+        return FocusRecord(**{k: None if v is None else v.detach() for k, v in self.__dict__.items()})
+
+
+@dataclass
+class FocusRecords:
+    """Records by layer: `records["model.layers.0.self_attn"]` is the list of that layer's calls, in order."""
+
+    layers: dict[str, list[FocusRecord]] = field(default_factory=dict)
+
+    def __getitem__(self, layer: str) -> list[FocusRecord]:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def is_observed() -> bool:
+    return bool(_OBSERVERS.get())
+
+
+def notify(branch: nn.Module, record: FocusRecord) -> None:
+    for observer in _OBSERVERS.get():
+        observer(branch, record)
+
+
+@contextmanager
+def observe(observer: Callable[[nn.Module, FocusRecord], None]) -> Iterator[None]:
+    """Call `observer(branch, record)` for every call of a local branch made inside the `with`, in this context."""
+    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
+    try:
+        yield
+    finally:
+        _OBSERVERS.reset(token)
+
+
+@contextmanager
+def record_focus(model: nn.Module) -> Iterator[FocusRecords]:
+    """Record spans, entropy, coverage, iterations and actions of every FocusA layer of `model`.
+
+    ```python
+    with record_focus(model) as records:
+        model(**inputs)
+    records["model.layers.0.self_attn"][0].span      # (B, H, T), in tokens
+    ```
+
+    Raises:
+        NotPatchedError: the model has no FocusA layer.
+    """
+    from .branch import FocusBranch
+
+    names = {id(m): name.removesuffix(".focus") for name, m in model.named_modules() if isinstance(m, FocusBranch)}
+    if not names:
+        raise NotPatchedError(f"`model` got {type(model).__name__}; accepted: a model with FocusA layers.")
+    records = FocusRecords({name: [] for name in names.values()})
+
+    def keep(branch: nn.Module, record: FocusRecord) -> None:
+        if id(branch) in names:
+            records[names[id(branch)]].append(record.detach())
+
+    with observe(keep):
+        yield records

@@ -1,0 +1,148 @@
+"""The refiner: a small Q-table that corrects the predicted span (the seed's `Refiner`), vectorised, in buffers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_reduce, is_available, is_initialized
+from transformers import initialization as init
+
+NUM_FEATURES = 4
+NUM_BINS = 10
+# Of a feature normalised to mean 0 and variance 1
+BIN_EDGES = tuple(-2 + 4 * i / (NUM_BINS - 2) for i in range(NUM_BINS - 1))
+# Running statistics average all that was seen until this weight, then forget slowly
+LEAST_MOMENTUM = 0.01
+
+
+class Refiner(nn.Module):
+    """Q-learning over 10 bins of 4 statistics (10⁴ states) and A span corrections.
+
+    The forward pass only reads; the table moves once a backward pass (`learn`), so that recomputation under gradient
+    checkpointing sees the table that the forward saw. Buffers, saved with the model and always in float32: `table`
+    (states, actions), `mean` and `variance` (4,) of the statistics; and `num_updates` (1,), int64.
+
+    Args:
+        states: rows of the table; 10 ** 4 for four statistics in ten bins.
+        actions: A, corrections to choose from: factor a/(A − 1).
+        alpha: learning rate.
+        gamma: discount.
+        epsilon: share of random actions in training mode.
+    """
+
+    def __init__(
+        self,
+        states: int = NUM_BINS**NUM_FEATURES,
+        actions: int = 10,
+        alpha: float = 0.1,
+        gamma: float = 0.9,
+        epsilon: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+        self.epsilon = epsilon
+        self.register_buffer("table", torch.empty(states, actions, dtype=torch.float32))
+        self.register_buffer("mean", torch.empty(NUM_FEATURES, dtype=torch.float32))
+        self.register_buffer("variance", torch.empty(NUM_FEATURES, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.empty(1, dtype=torch.long))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for buffer, value in ((self.table, 0), (self.mean, 0), (self.variance, 1), (self.num_updates, 0)):
+            init.constant_(buffer, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Refiner":
+        # `model.to(bfloat16)` would round every small step of the table away: follow the device, not the dtype
+        return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device), recurse)
+
+    def discretize(self, features: Tensor) -> Tensor:
+        """Features (..., 4) -> state numbers (...) int64, by their place in the running statistics."""
+        normal = (features.float() - self.mean) / self.variance.clamp_min(1e-12).sqrt()
+        bins = torch.bucketize(normal, normal.new_tensor(BIN_EDGES))
+        powers = bins.new_tensor([NUM_BINS**i for i in range(NUM_FEATURES)])
+        return (bins * powers).sum(dim=-1) % self.table.shape[0]
+
+    def choose_action(self, state: Tensor) -> Tensor:
+        """Actions (...) int64: the best of the table, of equals the last (no correction); in training mode a random
+        one with probability epsilon."""
+        values = self.table[state]
+        best = values.shape[-1] - 1 - values.flip(-1).argmax(dim=-1)
+        if not self.training or self.epsilon == 0:
+            return best
+        explore = torch.rand(state.shape, device=state.device) < self.epsilon
+        return torch.where(explore, torch.randint_like(best, values.shape[-1]), best)
+
+    def action_to_span_scale(self, action: Tensor) -> Tensor:
+        """Action a -> factor a/(A − 1) in [0, 1], float32."""
+        return action.float() / (self.table.shape[1] - 1)
+
+    @torch.no_grad()
+    def update(
+        self,
+        state: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_state: Tensor,
+        features: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> None:
+        """One temporal-difference step, Q[s, a] += alpha · mean(r + gamma·max Q[s′] − Q[s, a]) over each (s, a) pair.
+
+        The sums are reduced over all processes, which leaves every process with the same table. Nothing is read on
+        the host.
+
+        Args:
+            state, action, next_state: (...) int64.
+            reward: (...).
+            features: (..., 4) that the states were made from; moves the running statistics. None leaves them.
+            valid: (...) bool: entries to learn from; None: all.
+        """
+        weight = torch.ones_like(reward, dtype=torch.float32) if valid is None else valid.float()
+        # A padded entry may be NaN, and NaN · 0 is NaN
+        error = reward.float() + self.gamma * self.table[next_state].amax(dim=-1) - self.table[state, action]
+        error = torch.where(weight > 0, error, 0)
+        pair = (state * self.table.shape[1] + action).flatten()
+        size = self.table.numel()
+        sums = self.table.new_zeros(2 * size + 2 * NUM_FEATURES + 1)
+        sums[:size].index_add_(0, pair, error.flatten())
+        sums[size : 2 * size].index_add_(0, pair, weight.flatten())
+        if features is not None:
+            rows = torch.where(weight[..., None] > 0, features.float(), 0).reshape(-1, NUM_FEATURES)
+            sums[2 * size : -1] = torch.cat([rows.sum(0), rows.square().sum(0)])
+            sums[-1] = weight.sum()
+        if is_available() and is_initialized():
+            all_reduce(sums)
+        errors, counts = sums[:size], sums[size : 2 * size]
+        self.table.add_((self.alpha * errors / counts.clamp_min(1)).view_as(self.table))
+        if features is not None:
+            self._update_statistics(*sums[2 * size : -1].view(2, NUM_FEATURES), sums[-1])
+        self.num_updates.add_(1)
+
+    def _update_statistics(self, total: Tensor, squares: Tensor, count: Tensor) -> None:
+        mean = total / count.clamp_min(1)
+        variance = (squares / count.clamp_min(1) - mean.square()).clamp_min(0)
+        momentum = (1 / (self.num_updates + 1)).clamp_min(LEAST_MOMENTUM) * (count > 0)
+        drift = mean - self.mean
+        self.variance.lerp_(variance, momentum).add_(momentum * (1 - momentum) * drift.square())
+        self.mean.lerp_(mean, momentum)
+
+    def learn(self, output: Tensor, **step: Tensor) -> Tensor:
+        """`output` unchanged; its backward pass makes the `update` described by `step`, once."""
+        if not self.training or not torch.is_grad_enabled() or not output.requires_grad:
+            return output
+        return _LearnOnBackward.apply(output, self, tuple(step), *step.values())
+
+
+class _LearnOnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, refiner: Refiner, names: tuple[str, ...], *values: Tensor) -> Tensor:
+        ctx.refiner, ctx.names = refiner, names
+        ctx.save_for_backward(*values)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.refiner.update(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+        return (grad, None, None, *(None for _ in ctx.names))

@@ -1,0 +1,122 @@
+"""The places in a model that FocusA goes to: found, checked against the settings, and filled."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, Architecture
+from .branch import FocusBranch
+from .configuration import FocusConfig
+from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
+
+
+@dataclass(frozen=True)
+class Site:
+    """One self-attention module: its path, layer number within its stack, and sizes."""
+
+    path: str
+    module: nn.Module
+    layer: int
+    num_heads: int
+    head_dim: int
+    value_head_dim: int
+    is_causal: bool
+
+
+def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
+    """Every self-attention module of `model`.
+
+    Raises:
+        UnsupportedArchitectureError: there is none, or its sizes cannot be told.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if type(module).__name__ in architecture.attention and not re.search(architecture.exclude, path)
+    ]
+    if not found:
+        raise UnsupportedArchitectureError(
+            f"`{architecture.model_type}`: no module of {type(model).__name__} is of the declared attention class"
+            f" {' or '.join(architecture.attention)}; register_architecture with the class the model uses."
+        )
+    return [_site(path, module, number, architecture) for number, (path, module) in enumerate(found)]
+
+
+def _site(path: str, module: nn.Module, number: int, architecture: Architecture) -> Site:
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    num_heads = _size(module, path, "num_heads", architecture.num_heads, NUM_HEADS)
+    hidden = getattr(getattr(module, "config", None), "hidden_size", None)
+    default = hidden // num_heads if isinstance(hidden, int) else None
+    head_dim = _size(module, path, "head_dim", architecture.head_dim, HEAD_DIM, default)
+    return Site(
+        path=path,
+        module=module,
+        layer=numbers[0] if numbers else number,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        value_head_dim=_size(module, path, "value_head_dim", architecture.value_head_dim, VALUE_HEAD_DIM, head_dim),
+        is_causal=bool(getattr(module, "is_causal", False)),
+    )
+
+
+def _size(
+    module: nn.Module, path: str, what: str, declared: str | None, usual: tuple[str, ...], default: int | None = None
+) -> int:
+    names = (declared,) if declared else usual
+    # The module first: its own sizes win over a config shared by layers of different sizes
+    for holder in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    if default is not None and not declared:
+        return default
+    raise UnsupportedArchitectureError(
+        bad_value(what, declared, f"the name of an int on `{path}` ({type(module).__name__}) or its config")
+    )
+
+
+def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> list[Site]:
+    """The sites that `config` asks for. Changes nothing.
+
+    Raises:
+        NoMatchingLayerError: `config.layers` names layers that do not exist.
+        FocusConfigError: settings that this model cannot have.
+        UnsupportedArchitectureError: see `find_sites`.
+    """
+    sites = find_sites(model, architecture)
+    if config.layers is not None:
+        existing = sorted({site.layer for site in sites})
+        missing = [layer for layer in config.layers if layer not in existing]
+        if missing:
+            accepted = f"layers of {type(model).__name__}: {', '.join(map(str, existing))}; {missing} do not exist"
+            raise NoMatchingLayerError(bad_value("layers", config.layers, accepted))
+        sites = [site for site in sites if site.layer in config.layers]
+    causal = [site.path for site in sites if site.is_causal]
+    if causal and config.span_granularity != "token":
+        accepted = f"'token', since `{causal[0]}` is causal and a mean would show it the future"
+        raise FocusConfigError(bad_value("span_granularity", config.span_granularity, accepted))
+    return sites
+
+
+def build_branches(sites: list[Site], config: FocusConfig, dtype: torch.dtype) -> dict[str, FocusBranch]:
+    """A new branch for each site by path, on its device, in `dtype` and in the mode (train or eval) of its module."""
+    branches = {}
+    for site in sites:
+        with torch.device(_device(site.module)):
+            branch = FocusBranch(config, site.num_heads, site.head_dim, site.value_head_dim)
+        branches[site.path] = branch.to(dtype).train(site.module.training)
+    return branches
+
+
+def _device(module: nn.Module) -> torch.device:
+    first: Any = next(module.parameters(), None)
+    return first.device if first is not None else torch.get_default_device()
+
+
+def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
+    for site in sites:
+        site.module.add_module("focus", branches[site.path])

@@ -1,0 +1,96 @@
+"""How far a query looks: the predictor of its span, and the span's temperature."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import initialization as init
+
+
+class Predictor(nn.Module):
+    """p = sigmoid(W·x + b) from the global branch's output (the seed's `Predictor`).
+
+    W starts at zero, so that an untrained predictor gives the same span everywhere; W still gets a gradient.
+
+    Args:
+        dims: features of the global output, all heads together.
+        outputs: spans predicted: one a head, or one in all.
+        initial: p before training, strictly between 0 and 1.
+    """
+
+    def __init__(self, dims: int, outputs: int = 1, initial: float = 0.5) -> None:
+        super().__init__()
+        self.initial = initial
+        self.linear = nn.Linear(dims, outputs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.linear.weight)
+        init.constant_(self.linear.bias, math.log(self.initial / (1 - self.initial)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, dims) -> p (B, outputs, T) in float32 at least."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = linear(x.to(dtype), self.linear.weight.to(dtype), self.linear.bias.to(dtype))
+        return logits.sigmoid().transpose(1, 2)
+
+
+class AdaptiveSpan(nn.Module):
+    """The span in tokens, and the temperature that goes with it (the seed's `AdaptiveSpan`).
+
+    `"seed"`: τ = 1 + c(1 − s) if `sharpen`, else 0.5 + c·s. `"learned"`: a head's own
+    log(1/τ) = a + b·s + e·log(1 + log n), n the keys in the span; e = 1 is scalable softmax (2501.19399), the start
+    is a = b = e = 0, τ = 1.
+
+    Args:
+        num_heads: H.
+        max_span: span in tokens at s = 1.
+        temperature: `"learned"` or `"seed"`.
+        sharpen: see above.
+        temp_scale: c above.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        max_span: int,
+        temperature: str = "learned",
+        sharpen: bool = True,
+        temp_scale: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.max_span = max_span
+        self.sharpen = sharpen
+        self.temp_scale = temp_scale
+        self.coefficients = nn.Parameter(torch.empty(3, num_heads)) if temperature == "learned" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.coefficients is not None:
+            init.zeros_(self.coefficients)
+
+    def forward(self, scale: Tensor, num_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Span and temperature of each query.
+
+        Args:
+            scale: s in [0, 1], (B, H or 1, T).
+            num_keys: n >= 1, broadcastable to (B, H, T).
+
+        Returns:
+            z in tokens, shape of `scale`, and τ (B, H or 1, T).
+        """
+        span = scale * self.max_span
+        if self.coefficients is None:
+            temperature = 1 + self.temp_scale * (1 - scale) if self.sharpen else 0.5 + self.temp_scale * scale
+            return span, temperature
+        constant, slope, exponent = self.coefficients.to(scale.dtype)[:, :, None]
+        # No gradient through n: as a count it has none
+        log_n = num_keys.to(scale.dtype).log().log1p()
+        return span, (-(constant + slope * scale + exponent * log_n)).exp()
+
+
+def count_in_span(num_visible: Tensor, span: Tensor, is_causal: bool) -> Tensor:
+    """Keys at full weight, at least 1, of the `num_visible` ones within reach: no gradient."""
+    steps = span.detach().floor()
+    return torch.minimum(num_visible.to(steps.dtype), 1 + steps * (1 if is_causal else 2))

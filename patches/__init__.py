@@ -1,0 +1,5 @@
+"""What is particular to architectures."""
+
+from .declarations import DECLARATIONS
+
+__all__ = ["DECLARATIONS"]
