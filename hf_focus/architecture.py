@@ -46,14 +46,23 @@ class Architecture:
             raise FocusConfigError(bad_value("exclude", self.exclude, "a regular expression")) from error
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "attention": list(self.attention)}
+        """The settings as plain JSON values, without the model type: a config's `from_pretrained` takes any entry of
+        config.json with a `model_type` in it for the config itself."""
+        values = {**asdict(self), "attention": list(self.attention)}
+        del values["model_type"]
+        return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Architecture":
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not {"model_type", "attention"} <= set(values) <= known:
+    def from_dict(cls, model_type: str, values: dict[str, Any]) -> "Architecture":
+        """The inverse of `to_dict`.
+
+        Raises:
+            FocusConfigError: `values` is no dict of an architecture's settings, or one of them is not accepted.
+        """
+        known = {field.name for field in fields(cls)} - {"model_type"}
+        if not isinstance(values, dict) or not {"attention"} <= set(values) <= known:
             raise FocusConfigError(bad_value("focus_architecture", values, f"a dict of {', '.join(sorted(known))}"))
-        return cls(**values)
+        return cls(model_type, **values)
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
@@ -73,7 +82,7 @@ def register_architecture(architecture: Architecture | str, **settings: Any) -> 
         FocusConfigError: a setting that is not accepted.
     """
     if not isinstance(architecture, Architecture):
-        architecture = Architecture.from_dict({"model_type": architecture, "attention": None, **settings})
+        architecture = Architecture.from_dict(architecture, {"attention": None, **settings})
     _ARCHITECTURES[architecture.model_type] = architecture
     return architecture
 

@@ -93,6 +93,7 @@ def _solve(p: FocusProblem) -> FocusOutput:
     running = torch.ones(batch, heads, length, dtype=torch.bool, device=p.query.device)
     iterations = torch.zeros_like(running, dtype=torch.long)
     result, entropy, coverage = output, None, None
+    update = [None if x is None else x.to(dtype) for x in (p.feedback_matrix, p.mix, p.gain)]
     grouped = (batch, kv_heads, heads // kv_heads * length, -1)
     for step in range(p.max_iterations):
         rows = (query * fold).to(p.key.dtype).reshape(grouped)
@@ -121,7 +122,7 @@ def _solve(p: FocusProblem) -> FocusOutput:
             result = result + share.to(dtype).sum(-1, keepdim=True) * output
         if last:
             break
-        query = feed_back(query, first_query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
+        query = feed_back(query, first_query, output, *update, p.feedback, p.anchored)
     if p.readout_weights is None:
         result = output
     return FocusOutput(result.to(p.query.dtype), entropy, coverage, iterations)

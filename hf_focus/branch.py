@@ -147,8 +147,8 @@ class FocusBranch(nn.Module):
             temperature=temperature,
             readout_weights=self._readout_weights(query),
             feedback_matrix=self._feedback_matrix(),
-            mix=None if self.mix is None else self.mix.float().sigmoid(),
-            gain=None if self.log_gain is None else self.log_gain.float().exp(),
+            mix=None if self.mix is None else _wide(self.mix).sigmoid(),
+            gain=None if self.log_gain is None else _wide(self.log_gain).exp(),
             attention_mask=attention_mask,
             position_bias=position_bias,
             is_causal=is_causal,
@@ -205,14 +205,14 @@ class FocusBranch(nn.Module):
     def _readout_weights(self, query: Tensor) -> Tensor | None:
         if self.readout_weight is None:
             return None
-        logits = torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype)).float()
-        return (logits + self.readout_bias.float()[:, None]).softmax(dim=-1)
+        logits = torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype))
+        return (_wide(logits) + _wide(self.readout_bias)[:, None]).softmax(dim=-1)
 
     def _feedback_matrix(self) -> Tensor | None:
         if self.feedback_matrix is None:
             return None
-        identity = torch.eye(self.value_head_dim, self.head_dim, device=self.feedback_matrix.device)
-        return self.feedback_matrix.float() + identity
+        matrix = _wide(self.feedback_matrix)
+        return matrix + torch.eye(self.value_head_dim, self.head_dim, dtype=matrix.dtype, device=matrix.device)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, value_head_dim={self.value_head_dim}"
@@ -220,6 +220,11 @@ class FocusBranch(nn.Module):
 
 def _parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if wanted else None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _own_statistics(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class FocusConfigMixin:
             try:
                 FocusConfig.from_dict(config_dict.get("focus_config"))
                 if (architecture := config_dict.get("focus_architecture")) is not None:
-                    Architecture.from_dict(architecture)
+                    Architecture.from_dict(cls.base_class.model_type, architecture)
             except FocusConfigError as error:
                 raise FocusCheckpointError(
                     f"config.json of this {cls.model_type} cannot be rebuilt: {error}"

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from .architecture import Architecture, find_architecture
 from .branch import FocusBranch
@@ -132,7 +136,17 @@ def focus_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         members["config_class"] = focus_config_class(base.config_class)
     if "labels" in inspect.signature(base.forward).parameters:
         members["forward"] = _forward_with_penalty(base)
+    _share_conversions(f"Focus{base.__name__}", base.__name__)
+    if base.config_class is not None:
+        _share_conversions(MODEL_TYPE_PREFIX + base.config_class.model_type, base.config_class.model_type)
     return type(f"Focus{base.__name__}", (FocusMixin, base), members)
+
+
+def _share_conversions(new: str, base: str) -> None:
+    """transformers keeps the renaming of old checkpoints' weights by class name and model type: ours need it too."""
+    mapping = get_checkpoint_conversion_mapping(base)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(new, mapping, overwrite=True)
 
 
 def _forward_with_penalty(base: type[PreTrainedModel]) -> Any:
@@ -153,10 +167,11 @@ def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture]:
     Raises:
         FocusConfigError, UnsupportedArchitectureError: they are not valid, or nothing is declared for the model type.
     """
+    model_type = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     if config.focus_architecture is not None:
-        architecture = Architecture.from_dict(config.focus_architecture)
+        architecture = Architecture.from_dict(model_type, config.focus_architecture)
     else:
-        architecture = find_architecture(config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+        architecture = find_architecture(model_type)
     return FocusConfig.from_dict(config.focus_config), architecture
 
 

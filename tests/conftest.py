@@ -1,0 +1,8 @@
+"""Settings of the whole suite."""
+
+import os
+
+# Two cores are shared by the suite's processes; each with all threads is slower than one thread each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
