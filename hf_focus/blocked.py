@@ -103,7 +103,8 @@ def _solve(p: FocusProblem) -> FocusOutput:
         scores = scores + bias
         top = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
         weights = (scores - top).exp()
-        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        # The largest weight is 1, so that the sum is below 1 only where nothing is seen
+        total = weights.sum(-1, keepdim=True).clamp_min(1)
         summed = (weights.to(p.value.dtype).reshape(grouped) @ p.value).view(output.shape).to(dtype)
         new_output = torch.where(running[..., None], summed / total, output)
         iterations = iterations + running
@@ -128,6 +129,11 @@ def _solve(p: FocusProblem) -> FocusOutput:
     return FocusOutput(result.to(p.query.dtype), entropy, coverage, iterations)
 
 
+def _solve_all(problem: FocusProblem, size: int) -> list[Tensor | None]:
+    parts = [_solve(_band(problem, block)) for block in _blocks(problem, size)]
+    return [torch.cat(part, dim=2) if part[0] is not None else None for part in zip(*parts, strict=True)]
+
+
 def _all_stopped(running: Tensor) -> bool:
     # Reading the answer is free on a CPU only; elsewhere it would wait for the device
     return running.device.type == "cpu" and not torch.compiler.is_compiling() and not running.any()
@@ -143,8 +149,7 @@ class _Blocked(torch.autograd.Function):
         # The context must not hold the tensors a second time, out of autograd's sight
         ctx.settings = _unchecked(problem, **dict.fromkeys((*FocusProblem.TENSORS, "attention_mask")))
         ctx.size = size
-        parts = [_solve(_band(problem, block)) for block in _blocks(problem, size)]
-        joined = [torch.cat(part, dim=2) if part[0] is not None else None for part in zip(*parts, strict=True)]
+        joined = _solve_all(problem, size)
         ctx.mark_non_differentiable(*(x for x in joined[1:] if x is not None))
         return tuple(joined)
 
@@ -174,4 +179,7 @@ class _Blocked(torch.autograd.Function):
 
 def focus_blocked(problem: FocusProblem, size: int = QUERY_BLOCK) -> FocusOutput:
     """Solve `problem` in blocks of `size` queries. Time O(T·(max_span + size)·iterations), memory O(T)."""
+    if torch.compiler.is_compiling():
+        # The compiler derives the backward, and decides itself what to recompute
+        return FocusOutput(*_solve_all(problem, size))
     return FocusOutput(*_Blocked.apply(problem, size, *(getattr(problem, name) for name in FocusProblem.TENSORS)))

@@ -31,6 +31,10 @@ class FocusConfigMixin:
         if FocusConfigMixin.on_create is not None:
             FocusConfigMixin.on_create(type(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made on demand: what pickles is how to make it
+        return _unpickled, (self.base_class,), self.__dict__
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', with `focus_config=` accepted as a `FocusConfig` too.
@@ -82,6 +86,11 @@ def focus_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             "base_class": base,
         },
     )
+
+
+def _unpickled(base: type[PreTrainedConfig]) -> PreTrainedConfig:
+    config_class = focus_config_class(base)
+    return config_class.__new__(config_class)
 
 
 def to_focus(config: PreTrainedConfig, focus_config: FocusConfig, architecture: Architecture) -> PreTrainedConfig:

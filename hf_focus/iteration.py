@@ -65,7 +65,8 @@ def feed_back(
     if feedback == "additive":
         return base + fed
     alpha = 0.5 if mix is None else mix[:, None, None]
-    size = first_query.square().mean(dim=-1, keepdim=True).sqrt()
+    # The tiny term is for the gradient at zero, where the root has none
+    size = (first_query.square().mean(dim=-1, keepdim=True) + torch.finfo(first_query.dtype).tiny).sqrt()
     mixed = unit((1 - alpha) * unit(base) + alpha * unit(fed)) * size
     return mixed if gain is None else mixed * gain[:, None, None]
 

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architecture import Architecture, find_architecture
 from .branch import FocusBranch
@@ -37,6 +38,10 @@ class FocusMixin:
         sites = plan(self, focus_config, architecture)
         install(sites, build_branches(sites, focus_config, torch.get_default_dtype()))
         adopt(self, sites, focus_config, architecture)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made on demand: what pickles is how to make it
+        return _unpickled, (self.base_class,), self.__dict__
 
     @property
     def focus_config(self) -> FocusConfig:
@@ -80,8 +85,13 @@ class FocusMixin:
             FocusCheckpointError: the checkpoint holds FocusA weights that do not fit its config.json.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        ignore = kwargs.pop("ignore_mismatched_sizes", False)
+        # Shapes are checked here, where it is known whose they are
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         _check_loaded(model, info)
+        if info["mismatched_keys"] and not ignore:
+            names = ", ".join(sorted(entry[0] for entry in info["mismatched_keys"]))
+            raise RuntimeError(f"Weights of other shapes than the model's, see ignore_mismatched_sizes: {names}")
         return (model, info) if want_info else model
 
     def _with_span_penalty(self, weight: float, *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +152,11 @@ def focus_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Focus{base.__name__}", (FocusMixin, base), members)
 
 
+def _unpickled(base: type[PreTrainedModel]) -> PreTrainedModel:
+    model_class = focus_model_class(base)
+    return model_class.__new__(model_class)
+
+
 def _share_conversions(new: str, base: str) -> None:
     """transformers keeps the renaming of old checkpoints' weights by class name and model type: ours need it too."""
     mapping = get_checkpoint_conversion_mapping(base)
@@ -193,6 +208,8 @@ def adopt(model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, 
     }
     for holder in holders:
         holder.__class__ = focus_model_class(type(holder))
+        # transformers looks up by class what a model can return besides its output (hidden states, attentions)
+        _CAN_RECORD_REGISTRY[holder] = holder._can_record_outputs
     for old, new in replaced.values():
         new._attn_implementation_internal = focus_name(
             focus_config.global_attn_implementation or old._attn_implementation

@@ -71,31 +71,29 @@ class FocusProblem:
     )
 
     def __post_init__(self) -> None:
-        batch, heads, length = self.query.shape[:3]
-        _check("query", self.query, "(B, H, T, D)", self.query.ndim == 4)
-        _check("key", self.key, f"({batch}, Hkv, S, {self.query.shape[-1]})", _fits(self.key, batch, self.query))
-        _check("key", self.key, f"a number of heads that divides {heads}", heads % max(self.key.shape[1], 1) == 0)
-        _check("value", self.value, f"{tuple(self.key.shape[:3])} + (Dv,)", self.value.shape[:3] == self.key.shape[:3])
-        for name in ("span", "sharpness"):
-            shape = getattr(self, name).shape
-            accepted = f"({batch}, {heads} or 1, {length})"
-            _check(name, getattr(self, name), accepted, shape in ((batch, heads, length), (batch, 1, length)))
-        for name, shape in (
-            ("readout_weights", (batch, heads, length, self.max_iterations)),
-            ("feedback_matrix", (heads, self.value.shape[-1], self.query.shape[-1])),
-            ("mix", (heads,)),
-            ("gain", (heads,)),
-        ):
+        if self.query.ndim != 4:
+            raise FocusConfigError(bad_value("query", tuple(self.query.shape), "(B, H, T, D)"))
+        batch, heads, length, head_dim = self.query.shape
+        fits = self.key.ndim == 4 and self.key.shape[0] == batch and self.key.shape[3] == head_dim
+        if not fits or heads % max(self.key.shape[1], 1):
+            accepted = f"({batch}, Hkv, S, {head_dim}) with Hkv a divisor of {heads}"
+            raise FocusConfigError(bad_value("key", tuple(self.key.shape), accepted))
+        kv_heads, num_keys, value_head_dim = *self.key.shape[1:3], self.value.shape[-1]
+        shapes = {
+            "value": (batch, kv_heads, num_keys, value_head_dim),
+            "span": (batch, heads, length),
+            "sharpness": (batch, heads, length),
+            "readout_weights": (batch, heads, length, self.max_iterations),
+            "feedback_matrix": (heads, value_head_dim, head_dim),
+            "mix": (heads,),
+            "gain": (heads,),
+            "attention_mask": (batch, heads, length, num_keys),
+            "position_bias": (batch, heads, length, num_keys),
+        }
+        for name, shape in shapes.items():
             tensor = getattr(self, name)
-            _check(name, tensor, f"None or shape {shape}", tensor is None or tuple(tensor.shape) == shape)
-        full = (batch, heads, length, self.key.shape[2])
-        for name in ("attention_mask", "position_bias"):
-            tensor = getattr(self, name)
-            fits = tensor is None or (
-                tensor.ndim == 4
-                and all(given in (1, wanted) for given, wanted in zip(tensor.shape, full, strict=True))
-            )
-            _check(name, tensor, f"None or a shape that broadcasts to {full}", fits)
+            if tensor is not None and not _fits(tensor, shape, name):
+                raise FocusConfigError(bad_value(name, tuple(tensor.shape), _shown(shape, name)))
         for name, options in (("feedback", FEEDBACKS), ("stop", STOPS)):
             if getattr(self, name) not in options:
                 raise FocusConfigError(bad_value(name, getattr(self, name), " or ".join(map(repr, options))))
@@ -124,10 +122,18 @@ class FocusProblem:
         return mask.to(self.compute_dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
 
 
-def _fits(key: Tensor, batch: int, query: Tensor) -> bool:
-    return key.ndim == 4 and key.shape[0] == batch and key.shape[-1] == query.shape[-1]
+# Dimensions that may be 1 and then hold for all
+_MAY_BE_ONE = {"span": (1,), "sharpness": (1,), "attention_mask": (0, 1, 2, 3), "position_bias": (0, 1, 2, 3)}
 
 
-def _check(name: str, tensor: Tensor | None, accepted: str, holds: bool) -> None:
-    if not holds:
-        raise FocusConfigError(bad_value(name, tuple(tensor.shape), accepted))
+def _fits(tensor: Tensor, shape: tuple[int, ...], name: str) -> bool:
+    free = _MAY_BE_ONE.get(name, ())
+    # One comparison a dimension: under torch.compile sizes are symbols, which only that can compare
+    return tensor.ndim == len(shape) and all(
+        tensor.shape[axis] == size or (axis in free and tensor.shape[axis] == 1) for axis, size in enumerate(shape)
+    )
+
+
+def _shown(shape: tuple[int, ...], name: str) -> str:
+    free = _MAY_BE_ONE.get(name, ())
+    return f"({', '.join(f'{size} or 1' if axis in free else str(size) for axis, size in enumerate(shape))})"

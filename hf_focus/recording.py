@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from .errors import NotPatchedError
@@ -53,7 +54,8 @@ class FocusRecords:
 
 
 def is_observed() -> bool:
-    return bool(_OBSERVERS.get())
+    """Whether anybody observes. Nobody does in a compiled graph, which cannot call back into Python."""
+    return not torch.compiler.is_compiling() and bool(_OBSERVERS.get())
 
 
 def notify(branch: nn.Module, record: FocusRecord) -> None:

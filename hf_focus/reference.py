@@ -39,7 +39,8 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
             scores = p.softcap * torch.tanh(scores / p.softcap)
         scores = scores * p.sharpness[..., None] + bias
         # A query that sees no key gets zeros, not the NaN of a softmax over nothing
-        weights = torch.softmax(scores, dim=-1).masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0)
+        empty = (scores == float("-inf")).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
         output = torch.where(running[..., None], weights @ value, previous)
         in_span = (bias > float("-inf")).sum(-1)
         new_coverage = (weights > p.coverage_threshold).sum(-1) / in_span.clamp_min(1)
@@ -57,4 +58,5 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
         result = outputs[-1]
     else:
         result = torch.einsum("ibhtv,bhti->bhtv", torch.stack(outputs), p.readout_weights)
-    return FocusOutput(result.to(problem.query.dtype), entropy.detach(), coverage.detach(), iterations)
+    statistics = (entropy.detach(), coverage.detach()) if p.need_statistics else (None, None)
+    return FocusOutput(result.to(problem.query.dtype), *statistics, iterations)

@@ -266,6 +266,18 @@ def test_eval_is_deterministic_and_changes_no_buffer(name: str) -> None:
     assert all(torch.equal(buffers[key], value) for key, value in model.named_buffers())
 
 
+@every_architecture
+def test_hidden_states_and_attentions_are_still_returned(name: str) -> None:
+    model, inputs = TINY[name].build(attn_implementation="eager"), make_inputs(name)
+    asked = {**inputs, "output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        before, after = model(**asked), apply_focus(model, SETTINGS)(**asked)
+    assert before.keys() == after.keys()
+    for key in before:
+        if key.endswith(("hidden_states", "attentions")):
+            torch.testing.assert_close(after[key], before[key], **TOLERANCE)
+
+
 @pytest.mark.parametrize("name", CAUSAL_LMS)
 def test_layers_choose_what_is_patched(name: str) -> None:
     model = apply_focus(TINY[name].build(), SETTINGS, layers=[1])

@@ -1,0 +1,250 @@
+"""The model to train: loaded, patched with FocusA, frozen, given LoRA, and its parameters sorted into groups."""
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import ModelArguments, TrainArguments
+from .configuration import FocusConfig
+from .errors import FocusConfigError, bad_value
+from .modeling import FocusMixin
+from .patching import apply_focus
+from .tasks import Task
+
+DEFAULT_BLOCK_SIZE = 512
+FOCUS_PARAMETER = re.compile(r"(^|\.)focus\.")
+# Scales and offsets: pulling them to zero is no regularisation
+NO_DECAY = re.compile(r"bias|norm|gain", re.IGNORECASE)
+
+
+@dataclass
+class Source:
+    """A model as it was given or loaded.
+
+    config: its config, known before its weights are. model: None until `load_model`. new_parameters: names that the
+    checkpoint did not hold, for example of a new head.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None = None
+    new_parameters: list[str] = field(default_factory=list)
+
+
+def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -> None:
+    """Refuse combinations that contradict each other.
+
+    Raises:
+        FocusConfigError: no model, or settings that leave nothing to train or exclude each other.
+    """
+    if given is None and args.model_name_or_path is None:
+        raise FocusConfigError(bad_value("model_name_or_path", None, "a model id or folder"))
+    if given is not None and args.from_scratch:
+        raise FocusConfigError(bad_value("from_scratch", True, "False where a model object is given"))
+    if args.freeze_base and not args.focus:
+        raise FocusConfigError(bad_value("freeze_base", True, "False with --no-focus: nothing would be trained"))
+    if args.freeze_base and args.lora_rank:
+        raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0 with --freeze-base: LoRA changes the base"))
+
+
+def find_source(
+    args: ModelArguments, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Source:
+    """Config and tokenizer of the model that `args` names, or of the objects given.
+
+    Raises:
+        FocusConfigError: they are not found, or a model was given without a tokenizer.
+    """
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    if model is not None and tokenizer is None and args.tokenizer is None:
+        raise FocusConfigError(bad_value("tokenizer", None, "a tokenizer, where a model object is given"))
+    config = (
+        model.config
+        if model is not None
+        else _load(AutoConfig, "model_name_or_path", args.model_name_or_path, options)
+    )
+    if tokenizer is None and args.tokenizer:
+        tokenizer = _load(AutoTokenizer, "tokenizer", args.tokenizer, {"trust_remote_code": args.trust_remote_code})
+    elif tokenizer is None:
+        tokenizer = _load(AutoTokenizer, "model_name_or_path", args.model_name_or_path, options)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise FocusConfigError(bad_value("tokenizer", type(tokenizer).__name__, "one with a PAD or EOS token"))
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise FocusConfigError(
+            bad_value(
+                "tokenizer", f"{len(tokenizer)} tokens", f"at most the {vocabulary} tokens that the model embeds"
+            )
+        )
+    return Source(config, tokenizer, model)
+
+
+def find_block_size(asked: int | None, source: Source) -> int:
+    """Tokens in an example: what was asked for, within the model's limit.
+
+    Raises:
+        FocusConfigError: more was asked for than the model's positions.
+    """
+    limits = (
+        getattr(source.config.get_text_config(), "max_position_embeddings", None),
+        source.tokenizer.model_max_length,
+    )
+    limit = min((value for value in limits if isinstance(value, int) and value > 0), default=DEFAULT_BLOCK_SIZE)
+    if asked is None:
+        return min(limit, DEFAULT_BLOCK_SIZE)
+    if asked > limit:
+        raise FocusConfigError(bad_value("block_size", asked, f"at most {limit}, the model's positions"))
+    return asked
+
+
+def check_focus_settings(args: ModelArguments, focus: FocusConfig, source: Source) -> None:
+    """Refuse settings that a model which already carries FocusA cannot take.
+
+    Raises:
+        FocusConfigError: --no-focus, or settings other than the model's and the defaults.
+    """
+    carried = getattr(source.config, "focus_config", None)
+    if carried is None:
+        return
+    if not args.focus:
+        raise FocusConfigError(
+            bad_value("focus", False, "True for a model that carries FocusA; remove_focus takes it off")
+        )
+    carried = FocusConfig.from_dict(dict(carried))
+    default = FocusConfig()
+    for item in fields(FocusConfig):
+        asked = getattr(focus, item.name)
+        if asked not in (getattr(default, item.name), getattr(carried, item.name)):
+            accepted = f"{getattr(carried, item.name)!r}: the model was patched with it already"
+            raise FocusConfigError(bad_value(item.name, asked, accepted))
+
+
+def load_model(source: Source, task: Task, args: ModelArguments, config: dict[str, Any]) -> PreTrainedModel:
+    """The weights, of the task's Auto class, in `args.dtype`; `config` replaces settings of the model's config.
+
+    Raises:
+        FocusConfigError: the model is not found, or has no class for the task.
+    """
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": getattr(torch, args.dtype)}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if source.model is None:
+        for name, value in {**config, "pad_token_id": source.tokenizer.pad_token_id}.items():
+            setattr(source.config, name, value)
+        try:
+            if args.from_scratch:
+                source.model = task.auto_class.from_config(source.config, **options)
+            else:
+                source.model, info = task.auto_class.from_pretrained(
+                    args.model_name_or_path,
+                    config=source.config,
+                    revision=args.revision,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=bool(config),
+                    **options,
+                )
+                source.new_parameters = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+        except (OSError, ValueError) as error:
+            accepted = f"a model with a class for {task.name} ({str(error).strip().partition(chr(10))[0]})"
+            raise FocusConfigError(bad_value("model_name_or_path", args.model_name_or_path, accepted)) from error
+    else:
+        labels = config.get("num_labels")
+        if labels is not None and source.config.num_labels != labels:
+            raise FocusConfigError(
+                bad_value("model", f"{source.config.num_labels} labels", f"{labels} labels, as the data")
+            )
+        if source.config.get_text_config().pad_token_id is None:
+            source.config.get_text_config().pad_token_id = source.tokenizer.pad_token_id
+    return source.model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model carries FocusA."""
+    return isinstance(model, FocusMixin)
+
+
+def choose_trained(source: Source, args: ModelArguments, focus: FocusConfig, seed: int) -> nn.Module:
+    """Patch the model, if it is to be and is not yet, and leave gradients only where `args` wants training.
+
+    Returns:
+        the model, wrapped by PEFT with LoRA.
+
+    Raises:
+        FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError: before the model is changed.
+    """
+    model = source.model
+    if args.focus and not is_patched(model):
+        apply_focus(model, focus)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.freeze_base:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(FOCUS_PARAMETER.search(name)) or name in source.new_parameters)
+    if args.lora_rank:
+        return _with_lora(model, source, args, seed)
+    return model
+
+
+def _with_lora(model: PreTrainedModel, source: Source, args: ModelArguments, seed: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0, or peft installed")) from error
+    new = [name for name in source.new_parameters if not FOCUS_PARAMETER.search(name)]
+    heads = sorted({name.rpartition(".")[0] for name in new})
+    kept = [r"(.*\.)?focus\..*", *map(re.escape, heads)]
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets or "all-linear",
+        exclude_modules="|".join(kept),
+        modules_to_save=(["focus"] if is_patched(model) else []) + heads or None,
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        # PEFT names the modules that it looked for and did not find
+        raise FocusConfigError(bad_value("lora_targets", args.lora_targets, str(error))) from error
+
+
+def merge_lora(model: nn.Module) -> PreTrainedModel:
+    """The plain model again, LoRA added into its weights; a model without LoRA is returned as it is."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def parameter_groups(model: nn.Module, args: TrainArguments) -> list[dict[str, Any]]:
+    """Trained parameters for AdamW: base or FocusA, each with and without weight decay.
+
+    Vectors, biases, norms and gains get no decay. FocusA's get `args.focus_learning_rate`, where it is set.
+    """
+    rates = {False: args.learning_rate, True: args.focus_learning_rate or args.learning_rate}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not NO_DECAY.search(name)
+            groups.setdefault((bool(FOCUS_PARAMETER.search(name)), decays), []).append(parameter)
+    if not groups:
+        raise FocusConfigError(
+            bad_value("model", type(model).__name__, "a model with at least one trainable parameter")
+        )
+    return [
+        {"params": parameters, "lr": rates[focus], "weight_decay": args.weight_decay if decays else 0.0}
+        for (focus, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _load(auto_class: type, argument: str, name: str, options: dict[str, Any]) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        accepted = f"an id on the Hub or a folder ({str(error).strip().partition(chr(10))[0]})"
+        raise FocusConfigError(bad_value(argument, name, accepted)) from error

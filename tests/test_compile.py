@@ -1,0 +1,56 @@
+"""`torch.compile(fullgraph=True)` of a patched model: no graph break, the same results."""
+
+import copy
+
+import pytest
+import torch
+from test_architectures import no_dropout
+from tiny import logits, patched, tokens
+from transformers import StaticCache
+
+BACKEND = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_forward(name: str) -> None:
+    model, ids = patched(name), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    torch.testing.assert_close(logits(compiled, input_ids=ids), logits(model, input_ids=ids), rtol=0, atol=1e-6)
+
+
+def test_decode_step() -> None:
+    model, ids = patched("llama"), tokens(2, 12)
+    step = torch.compile(model.forward, fullgraph=True, backend=BACKEND)
+    results = []
+    for forward in (model.forward, step):
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        with torch.no_grad():
+            steps = [model(input_ids=ids, past_key_values=cache).logits[:, -1:]]
+            for _ in range(8):
+                steps.append(forward(input_ids=steps[-1].argmax(-1), past_key_values=cache).logits)
+        results.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+
+
+def test_training_step() -> None:
+    model, ids = no_dropout(patched("llama")), tokens()
+    for module in model.modules():
+        if hasattr(module, "epsilon"):
+            # A compiled graph draws other random actions
+            module.epsilon = 0.0
+    start, results = copy.deepcopy(model.state_dict()), []
+    for forward in (model, torch.compile(model, fullgraph=True, backend=BACKEND)):
+        model.load_state_dict(start)
+        model.zero_grad()
+        forward(input_ids=ids, labels=ids).loss.backward()
+        gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        results.append({**gradients, **{key: buffer.clone() for key, buffer in model.named_buffers()}})
+    eager, compiled = results
+    assert any(key.endswith("refiner.num_updates") and value == 1 for key, value in compiled.items())
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-7, msg=key)
