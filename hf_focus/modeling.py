@@ -208,8 +208,9 @@ def adopt(model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, 
     }
     for holder in holders:
         holder.__class__ = focus_model_class(type(holder))
-        # transformers looks up by class what a model can return besides its output (hidden states, attentions)
-        _CAN_RECORD_REGISTRY[holder] = holder._can_record_outputs
+        # transformers looks up by the class's name what a model can return besides its output (hidden states, …);
+        # its registry took the name itself as key before 5.23, and the model since
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(holder)), holder._can_record_outputs)
     for old, new in replaced.values():
         new._attn_implementation_internal = focus_name(
             focus_config.global_attn_implementation or old._attn_implementation

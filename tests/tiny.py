@@ -112,7 +112,13 @@ TINY: dict[str, Tiny] = {
     "whisper": Tiny(
         "WhisperConfig",
         "WhisperForConditionalGeneration",
-        {**_BART, "num_mel_bins": 8, "max_source_positions": 24, "suppress_tokens": None, "begin_suppress_tokens": None},
+        {
+            **_BART,
+            "num_mel_bins": 8,
+            "max_source_positions": 24,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
         eats="speech",
         is_decoder=True,
     ),
