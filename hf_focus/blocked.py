@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .iteration import feed_back, has_converged, log_weight, soft_span_mask
+from .iteration import feed_back, has_converged
 from .problem import FocusOutput, FocusProblem
 
 QUERY_BLOCK = 64
@@ -73,18 +73,11 @@ def _solve(p: FocusProblem) -> FocusOutput:
     # The tanh of a soft cap stands between scale and temperature; without it both fold into the query
     rescale = p.sharpness.to(dtype)[..., None]
     fold = p.scaling if p.softcap is not None else p.scaling * rescale
-
-    distance = torch.arange(length, device=p.key.device)[:, None] + p.query_offset
-    distance = distance - torch.arange(num_keys, device=p.key.device)
-    weight = soft_span_mask(distance.abs(), p.span.to(dtype)[..., None], p.ramp, p.max_span)
-    if p.is_causal:
-        weight = weight.masked_fill(distance < 0, 0)
-    bias = log_weight(weight)
-    if p.attention_mask is not None:
-        bias = bias + p.additive_mask(p.attention_mask)
-    if p.position_bias is not None:
-        bias = bias + p.position_bias
+    bias, empty = _band_bias(p)
     in_span = (bias > float("-inf")).sum(-1).clamp_min(1) if p.need_statistics else None
+    if empty is not None:
+        # A softmax over nothing is NaN; these queries see everything, and their output is set to zero
+        bias = bias.masked_fill(empty, 0)
 
     # Half precision: products in the inputs' dtype, everything else in float32
     first_query = query = p.query.to(dtype)
@@ -100,24 +93,25 @@ def _solve(p: FocusProblem) -> FocusOutput:
         scores = (rows @ key).view(batch, heads, length, num_keys).to(dtype)
         if p.softcap is not None:
             scores = p.softcap * torch.tanh(scores / p.softcap) * rescale
-        scores = scores + bias
-        top = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
-        weights = (scores - top).exp()
-        # The largest weight is 1, so that the sum is below 1 only where nothing is seen
-        total = weights.sum(-1, keepdim=True).clamp_min(1)
-        summed = (weights.to(p.value.dtype).reshape(grouped) @ p.value).view(output.shape).to(dtype)
-        new_output = torch.where(running[..., None], summed / total, output)
+        weights = torch.softmax(scores + bias, dim=-1)
+        if empty is not None:
+            weights = weights.masked_fill(empty, 0)
+        new_output = (weights.to(p.value.dtype).reshape(grouped) @ p.value).view(output.shape).to(dtype)
+        new_output = torch.where(running[..., None], new_output, output)
         iterations = iterations + running
-        if p.need_statistics:
+        converged = has_converged(new_output, output, p.stop, p.base_threshold, p.threshold_scale)
+        stopping, running, output = running & converged, running & ~converged, new_output
+        last = step == p.max_iterations - 1 or not _any(running)
+        if p.need_statistics and (last or _any(stopping)):
             with torch.no_grad():
-                share = weights / total
-                new_entropy = torch.special.entr(share).sum(-1)
-                new_coverage = (share > p.coverage_threshold).sum(-1) / in_span
-                entropy = new_entropy if entropy is None else torch.where(running, new_entropy, entropy)
-                coverage = new_coverage if coverage is None else torch.where(running, new_coverage, coverage)
-        running = running & ~has_converged(new_output, output, p.stop, p.base_threshold, p.threshold_scale)
-        output = new_output
-        last = step == p.max_iterations - 1 or _all_stopped(running)
+                new_entropy = torch.special.entr(weights).sum(-1)
+                new_coverage = (weights > p.coverage_threshold).sum(-1) / in_span
+                if entropy is None:
+                    entropy, coverage = new_entropy, new_coverage
+                else:
+                    ends = stopping | running
+                    entropy = torch.where(ends, new_entropy, entropy)
+                    coverage = torch.where(ends, new_coverage, coverage)
         if p.readout_weights is not None:
             share = p.readout_weights[..., step:] if last else p.readout_weights[..., step : step + 1]
             result = result + share.to(dtype).sum(-1, keepdim=True) * output
@@ -129,14 +123,55 @@ def _solve(p: FocusProblem) -> FocusOutput:
     return FocusOutput(result.to(p.query.dtype), entropy, coverage, iterations)
 
 
+def _band_bias(p: FocusProblem) -> tuple[Tensor, Tensor | None]:
+    """What is added to the scores of a band in every iteration, (B, 1 or H, T, S); and which queries see no key at
+    all, (B, 1 or H, T, 1), None where that cannot be."""
+    distance = torch.arange(p.query.shape[2], device=p.key.device)[:, None] + p.query_offset
+    distance = distance - torch.arange(p.key.shape[2], device=p.key.device)
+    unreachable = distance.abs() >= p.max_span
+    if p.is_causal:
+        unreachable = unreachable | (distance < 0)
+    distance = distance.abs().to(p.compute_dtype).masked_fill(unreachable, float("inf"))
+    bias = _LogSpanMask.apply(p.span.to(p.compute_dtype)[..., None], distance, p.ramp)
+    if p.position_bias is not None:
+        bias = bias + p.position_bias
+    if p.attention_mask is not None:
+        bias = bias + p.additive_mask(p.attention_mask)
+    elif 0 <= p.query_offset <= p.key.shape[2] - p.query.shape[2]:
+        # Every query has its own key
+        return bias, None
+    return bias, (bias == float("-inf")).all(-1, keepdim=True)
+
+
 def _solve_all(problem: FocusProblem, size: int) -> list[Tensor | None]:
     parts = [_solve(_band(problem, block)) for block in _blocks(problem, size)]
     return [torch.cat(part, dim=2) if part[0] is not None else None for part in zip(*parts, strict=True)]
 
 
-def _all_stopped(running: Tensor) -> bool:
-    # Reading the answer is free on a CPU only; elsewhere it would wait for the device
-    return running.device.type == "cpu" and not torch.compiler.is_compiling() and not running.any()
+def _any(flags: Tensor) -> bool:
+    """Whether any flag is set, where reading that is free: on a CPU outside of compiled graphs. Elsewhere True, since
+    the host would wait for the device."""
+    return flags.device.type != "cpu" or torch.compiler.is_compiling() or bool(flags.any())
+
+
+class _LogSpanMask(torch.autograd.Function):
+    """`log_weight(soft_span_mask(...))` in four passes over the band, and four back, where autograd takes twenty."""
+
+    @staticmethod
+    def forward(ctx: Any, span: Tensor, distance: Tensor, ramp: int) -> Tensor:
+        """span z (B, H, T, 1), distance (T, S), inf where a key cannot be reached -> (B, H, T, S), −inf there."""
+        bias = (span - (distance - ramp)).div_(ramp).clamp_(0, 1).log_()
+        ctx.save_for_backward(bias, span, distance)
+        ctx.ramp = ramp
+        return bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        bias, span, distance = ctx.saved_tensors
+        # On the edge m = (ramp + z − d)/ramp, and d(log m)/dz = 1/(ramp·m)
+        flat = (distance < span) | (bias == float("-inf"))
+        slope = torch.exp(-bias).mul_(grad).masked_fill_(flat, 0)
+        return slope.sum(-1, keepdim=True) / ctx.ramp, None, None
 
 
 class _Blocked(torch.autograd.Function):
