@@ -166,7 +166,7 @@ class FocusConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, (tuple, range)):
+        if isinstance(self.layers, (list, tuple, range)):
             object.__setattr__(self, "layers", list(self.layers))
         for name, rule in _RULES.items():
             value = getattr(self, name)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -
         raise FocusConfigError(bad_value("freeze_base", True, "False with --no-focus: nothing would be trained"))
     if args.freeze_base and args.lora_rank:
         raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0 with --freeze-base: LoRA changes the base"))
+    if args.lora_rank and find_spec("peft") is None:
+        raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0, or peft installed (pip install peft)"))
 
 
 def find_source(
@@ -136,7 +139,7 @@ def load_model(source: Source, task: Task, args: ModelArguments, config: dict[st
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if source.model is None:
-        for name, value in {**config, "pad_token_id": source.tokenizer.pad_token_id}.items():
+        for name, value in config.items():
             setattr(source.config, name, value)
         try:
             if args.from_scratch:
@@ -160,8 +163,6 @@ def load_model(source: Source, task: Task, args: ModelArguments, config: dict[st
             raise FocusConfigError(
                 bad_value("model", f"{source.config.num_labels} labels", f"{labels} labels, as the data")
             )
-        if source.config.get_text_config().pad_token_id is None:
-            source.config.get_text_config().pad_token_id = source.tokenizer.pad_token_id
     return source.model
 
 
@@ -170,7 +171,7 @@ def is_patched(model: nn.Module) -> bool:
     return isinstance(model, FocusMixin)
 
 
-def choose_trained(source: Source, args: ModelArguments, focus: FocusConfig, seed: int) -> nn.Module:
+def choose_trained(source: Source, task: Task, args: ModelArguments, focus: FocusConfig, seed: int) -> nn.Module:
     """Patch the model, if it is to be and is not yet, and leave gradients only where `args` wants training.
 
     Returns:
@@ -180,8 +181,13 @@ def choose_trained(source: Source, args: ModelArguments, focus: FocusConfig, see
         FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError: before the model is changed.
     """
     model = source.model
+    _check_lora_targets(model, args.lora_targets)
     if args.focus and not is_patched(model):
         apply_focus(model, focus)
+    text_config = model.config.get_text_config()
+    if task.model_finds_padding and text_config.pad_token_id is None:
+        # Only where needed, and after loading: embeddings never train the row of the padding token they are built with
+        text_config.pad_token_id = source.tokenizer.pad_token_id
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.freeze_base:
@@ -192,28 +198,31 @@ def choose_trained(source: Source, args: ModelArguments, focus: FocusConfig, see
     return model
 
 
+def _check_lora_targets(model: nn.Module, targets: list[str] | None) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for target in targets or ():
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise FocusConfigError(bad_value("lora_targets", target, f"names of modules, such as {', '.join(linear)}"))
+
+
 def _with_lora(model: PreTrainedModel, source: Source, args: ModelArguments, seed: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0, or peft installed")) from error
+    from peft import LoraConfig, get_peft_model
+
     new = [name for name in source.new_parameters if not FOCUS_PARAMETER.search(name)]
     heads = sorted({name.rpartition(".")[0] for name in new})
-    kept = [r"(.*\.)?focus\..*", *map(re.escape, heads)]
+    patched = is_patched(model)
+    kept = [*([r"(.*\.)?focus\..*"] if patched else []), *map(re.escape, heads)]
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha or 2 * args.lora_rank,
         lora_dropout=args.lora_dropout,
         target_modules=args.lora_targets or "all-linear",
-        exclude_modules="|".join(kept),
-        modules_to_save=(["focus"] if is_patched(model) else []) + heads or None,
+        exclude_modules="|".join(kept) or None,
+        modules_to_save=(["focus"] if patched else []) + heads or None,
     )
     torch.manual_seed(seed)
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        # PEFT names the modules that it looked for and did not find
-        raise FocusConfigError(bad_value("lora_targets", args.lora_targets, str(error))) from error
+    return get_peft_model(model, config)
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:

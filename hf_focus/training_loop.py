@@ -57,12 +57,13 @@ class _Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.last = time.perf_counter()
+        self.seconds = 0.0
         self.steps = 0
         self.sums = torch.zeros(3, dtype=torch.float64)
 
-    def add(self, loss: Tensor, grad_norm: Tensor | None, tokens: int) -> None:
+    def add(self, loss: Tensor, grad_norm: Tensor | None, tokens: int, seconds: float) -> None:
         self.steps += 1
+        self.seconds += seconds
         norm = torch.zeros(()) if grad_norm is None else grad_norm
         self.sums = self.sums.to(loss.device) + torch.stack(
             [loss.double(), norm.double(), norm.new_tensor(tokens).double()]
@@ -78,7 +79,7 @@ class _Meter:
             "grad_norm": self.sums[1].item() / self.steps,
             "learning_rate": run.scheduler.get_last_lr()[0],
             "epoch": run.progress.epoch + run.progress.batches / len(run.train_loader),
-            "tokens_per_second": tokens / (time.perf_counter() - self.last),
+            "tokens_per_second": tokens / self.seconds,
             "seconds": time.perf_counter() - self.begun,
             "peak_memory_bytes": peak_memory(run.accelerator.device),
         }
@@ -110,11 +111,12 @@ def train(run: Run) -> tuple[float, dict[str, float]]:
         disable=not (args.progress_bar and run.accelerator.is_main_process),
     )
     run.model.train()
+    step_begun = time.perf_counter()
     for group in _groups(run):
         loss, grad_norm, tokens = _step(run, group)
         progress.step += 1
         progress.batches += len(group)
-        meter.add(loss, grad_norm, tokens)
+        meter.add(loss, grad_norm, tokens, time.perf_counter() - step_begun)
         bar.update()
         last = progress.step == run.max_steps
         if last or progress.step % args.logging_steps == 0:
@@ -130,6 +132,8 @@ def train(run: Run) -> tuple[float, dict[str, float]]:
             metrics, evaluated_at = _evaluate(run), progress.step
         if args.save_steps and progress.step % args.save_steps == 0:
             save_checkpoint(run.accelerator, run.output_dir, progress, run.description, args.save_limit)
+        # Neither evaluation nor saving counts towards the speed; reading the next batches does
+        step_begun = time.perf_counter()
         if last:
             break
     bar.close()
@@ -148,7 +152,6 @@ def _groups(run: Run) -> Iterator[list[Batch]]:
         loader.set_epoch(progress.epoch)
         if progress.batches:
             loader = skip_first_batches(loader, progress.batches)
-            loader.set_epoch(progress.epoch)
         batches = iter(loader)
         while group := list(islice(batches, run.args.gradient_accumulation_steps)):
             yield group

@@ -1,8 +1,11 @@
 """Settings of the whole suite."""
 
 import os
+import tempfile
 
 # Two cores are shared by the suite's processes; each with all threads is slower than one thread each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Prepared data sets of a test run are of no use to anybody afterwards
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="hf_focus-datasets-"))

@@ -1,0 +1,364 @@
+"""Arguments of fine-tuning: dataclasses that become flags, or are read from a YAML or JSON file."""
+
+import json
+import re
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from .configuration import FocusConfig
+from .errors import FocusConfigError, bad_value
+
+_Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _optional(rule: _Rule) -> _Rule:
+    return f"None or {rule[0]}", lambda value: value is None or rule[1](value)
+
+
+_COUNT: _Rule = ("an int >= 1", lambda value: _is_int(value) and value >= 1)
+_WHOLE: _Rule = ("an int >= 0", lambda value: _is_int(value) and value >= 0)
+_POSITIVE: _Rule = ("a number > 0", lambda value: _is_number(value) and value > 0)
+_NON_NEGATIVE: _Rule = ("a number >= 0", lambda value: _is_number(value) and value >= 0)
+_SHARE: _Rule = ("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
+_NAME: _Rule = ("a non-empty string", lambda value: isinstance(value, str) and bool(value.strip()))
+
+_RULES: dict[str, _Rule] = {
+    "model_name_or_path": _optional(_NAME),
+    "lora_rank": _WHOLE,
+    "lora_alpha": _optional(_POSITIVE),
+    "lora_dropout": _SHARE,
+    "eval_share": _SHARE,
+    "block_size": _optional(("an int >= 2", lambda value: _is_int(value) and value >= 2)),
+    "max_train_examples": _optional(_COUNT),
+    "max_eval_examples": _optional(_COUNT),
+    "mlm_probability": ("a number strictly between 0 and 1", lambda value: _is_number(value) and 0 < value < 1),
+    "output_dir": _NAME,
+    "seed": _WHOLE,
+    "num_epochs": _POSITIVE,
+    "max_steps": _optional(_COUNT),
+    "batch_size": _COUNT,
+    "eval_batch_size": _optional(_COUNT),
+    "gradient_accumulation_steps": _COUNT,
+    "learning_rate": _POSITIVE,
+    "focus_learning_rate": _optional(_POSITIVE),
+    "weight_decay": _NON_NEGATIVE,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": _optional(_POSITIVE),
+    "warmup_share": _SHARE,
+    "logging_steps": _COUNT,
+    "eval_steps": _optional(_COUNT),
+    "save_steps": _optional(_COUNT),
+    "save_limit": _optional(_COUNT),
+    "num_processes": _optional(_COUNT),
+    "num_workers": _WHOLE,
+}
+
+
+def _setting_texts(documented: type) -> dict[str, str]:
+    """What the docstring of a class of settings says about each of them."""
+    section = cleandoc(documented.__doc__).partition("Args:")[2].partition("Raises:")[0]
+    entries = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", section, flags=re.MULTILINE | re.DOTALL)
+    # argparse reads % as a format
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
+
+
+def _documented(cls: type) -> type:
+    """A dataclass whose flags are explained by its docstring."""
+    texts = _setting_texts(cls)
+    for item in fields(cls):
+        item.metadata = {"help": texts[item.name]}
+    return cls
+
+
+class _Checked:
+    """Validates every field on construction: by its rule above, or by the choices of its `Literal` type."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, Path):
+                value = str(value)
+                setattr(self, setting.name, value)
+            accepted, holds = _RULES.get(setting.name) or _rule_of_type(hints[setting.name])
+            if not holds(value):
+                raise FocusConfigError(bad_value(setting.name, value, accepted))
+
+
+def _rule_of_type(hint: Any) -> _Rule:
+    options = get_args(hint)
+    if options and all(isinstance(option, str) for option in options):
+        return "one of " + ", ".join(map(repr, options)), lambda value: value in options
+    if hint is bool:
+        return "True or False", lambda value: isinstance(value, bool)
+    if list[str] in (hint, *options):
+        return (
+            "None or a list of strings",
+            lambda value: (
+                value is None or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
+            ),
+        )
+    return "None or a string", lambda value: value is None or isinstance(value, str)
+
+
+@_documented
+@dataclass
+class ModelArguments(_Checked):
+    """Which model is trained, and which of its weights.
+
+    Args:
+        model_name_or_path: model id on the Hub, or folder; may already carry FocusA.
+        revision: branch, tag or commit of the model on the Hub.
+        tokenizer: tokenizer id or folder. Default: the model's.
+        trust_remote_code: run model code from the Hub.
+        dtype: type of the weights.
+        attn_implementation: attention of the model itself: sdpa or eager. Default: the model's.
+        from_scratch: start from random weights: only the model's config is read.
+        focus: patch the model with FocusA; --no-focus trains the plain model the same way.
+        freeze_base: train FocusA alone (and a head that the checkpoint does not hold).
+        lora_rank: rank of LoRA on the base's linear layers, merged at the end; 0: no LoRA.
+        lora_alpha: scale of LoRA. Default: twice the rank.
+        lora_dropout: dropout of LoRA.
+        lora_targets: names of the modules that get LoRA. Default: all linear layers.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        license: licence id for the model card, for example apache-2.0. Take the base model's.
+        language: language codes for the model card, for example en.
+
+    Raises:
+        FocusConfigError: a value of the wrong type or out of range.
+    """
+
+    # The heading under which `--help` lists them
+    _argument_group_name = "Model"
+
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str | None = None
+    from_scratch: bool = False
+    focus: bool = True
+    freeze_base: bool = False
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_targets: list[str] | None = None
+    gradient_checkpointing: bool = False
+    license: str | None = None
+    language: list[str] | None = None
+
+
+@_documented
+@dataclass
+class DataArguments(_Checked):
+    """What the model is trained and evaluated on: a data set by name, or local files.
+
+    Args:
+        dataset: data set name on the Hub, or a folder that `datasets` can load.
+        dataset_config: configuration of the data set, where it has several.
+        train_split: split to train on; slices such as train[:10%] work.
+        eval_split: split to evaluate on. Default: validation or test if there, else a held-out share.
+        train_files: local .txt, .json, .jsonl, .csv or .parquet files to train on.
+        eval_files: local files to evaluate on. Default: a held-out share of the train files.
+        eval_share: share held out for evaluation where nothing else is given; 0: no evaluation.
+        sample_by: what one document of a .txt file is.
+        text_column: column of the text. Default: text, or the only column of strings.
+        text_pair_column: column of the second text (sequence classification of pairs).
+        label_column: column of the label (sequence classification).
+        block_size: tokens in an example. Default: 512, or the model's limit where that is less.
+        max_train_examples: use the first N examples only.
+        max_eval_examples: evaluate on the first N examples only.
+        mlm_probability: share of the tokens to predict (masked LM).
+        cache_dir: where `datasets` keeps what it prepared.
+
+    Raises:
+        FocusConfigError: a value of the wrong type or out of range.
+    """
+
+    # The heading under which `--help` lists them
+    _argument_group_name = "Data"
+
+    dataset: str | None = None
+    dataset_config: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    train_files: list[str] | None = None
+    eval_files: list[str] | None = None
+    eval_share: float = 0.05
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    block_size: int | None = None
+    max_train_examples: int | None = None
+    max_eval_examples: int | None = None
+    mlm_probability: float = 0.15
+    cache_dir: str | None = None
+
+
+@_documented
+@dataclass
+class TrainArguments(_Checked):
+    """How training runs.
+
+    Args:
+        output_dir: where the model, its card, the log and the checkpoints go (required).
+        task: causal-lm, masked-lm or sequence-classification.
+        resume: checkpoint folder to go on from, or 'latest' for the last one in output_dir.
+        overwrite_output_dir: replace the log and checkpoints of an earlier run in output_dir.
+        seed: seed of everything random.
+        num_epochs: passes over the training data.
+        max_steps: optimizer steps; wins over num_epochs.
+        batch_size: examples in one forward pass, for each process.
+        eval_batch_size: the same for evaluation. Default: batch_size.
+        gradient_accumulation_steps: forward passes in one optimizer step.
+        learning_rate: peak learning rate of the base model.
+        focus_learning_rate: peak learning rate of FocusA. Default: learning_rate.
+        weight_decay: AdamW weight decay; not on biases, norms, gains and vectors.
+        adam_beta1: AdamW beta1.
+        adam_beta2: AdamW beta2.
+        adam_epsilon: AdamW epsilon.
+        max_grad_norm: clip the gradient to this norm.
+        schedule: schedule of the learning rate, after the warm-up.
+        warmup_share: share of the steps in which the learning rate rises from 0.
+        mixed_precision: type of the computation.
+        cpu: run on the CPU even where there is a GPU.
+        num_processes: fail unless this many processes run.
+        num_workers: processes that prepare batches, for each training process.
+        logging_steps: steps between lines of the log.
+        eval_steps: steps between evaluations. Default: only at the end.
+        eval_at_start: evaluate before the first step too.
+        save_steps: steps between checkpoints. Default: none.
+        save_limit: checkpoints to keep; the oldest go first.
+        report_to: trackers of accelerate, for example tensorboard.
+        progress_bar: show a progress bar.
+
+    Raises:
+        FocusConfigError: a value of the wrong type or out of range.
+    """
+
+    # The heading under which `--help` lists them
+    _argument_group_name = "Training"
+
+    output_dir: str = ""
+    task: str = "causal-lm"
+    resume: str | None = None
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    num_epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    eval_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-05
+    focus_learning_rate: float | None = None
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-08
+    max_grad_norm: float | None = 1.0
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "cosine"
+    warmup_share: float = 0.03
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    cpu: bool = False
+    num_processes: int | None = None
+    num_workers: int = 0
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    eval_at_start: bool = False
+    save_steps: int | None = None
+    save_limit: int | None = 2
+    report_to: list[str] | None = None
+    progress_bar: bool = True
+
+
+def _focus_arguments() -> type:
+    texts = _setting_texts(FocusConfig)
+    settings = [
+        (item.name, item.type, field(default=item.default, metadata={"help": texts[item.name]}))
+        for item in fields(FocusConfig)
+    ]
+    members = {"to_config": _to_config, "__module__": __name__, "_argument_group_name": "FocusA"}
+    return make_dataclass("FocusArguments", settings, namespace=members)
+
+
+def _to_config(self: Any) -> FocusConfig:
+    """The settings as a `FocusConfig`, which validates them."""
+    return FocusConfig(**{item.name: getattr(self, item.name) for item in fields(FocusConfig)})
+
+
+FocusArguments = _focus_arguments()
+FocusArguments.__doc__ = "The settings of FocusA, one flag each: the fields of `FocusConfig`."
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind every flag, and the description as it was written."""
+
+
+def parse_arguments(
+    argv: Sequence[str], description: str | None = None
+) -> tuple[ModelArguments, DataArguments, TrainArguments, Any]:
+    """Model, data, train and FocusA arguments from flags, or from one YAML or JSON file with flags after it.
+
+    Args:
+        argv: `["--output-dir", "out", ...]` or `["run.yaml", ...]`; a flag wins over the file.
+        description: shown by `--help`.
+
+    Raises:
+        FocusConfigError: the file is missing or no mapping, or a value is not accepted.
+        SystemExit: a flag that does not exist, or `--help` (argparse).
+    """
+    groups = (ModelArguments, DataArguments, TrainArguments, FocusArguments)
+    usage = "%(prog)s [run.yaml or run.json] [--flags]"
+    parser = HfArgumentParser(groups, description=description, usage=usage, formatter_class=_HelpFormatter)
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv = [*_flags_of_file(argv[0], [item.name for group in groups for item in fields(group)]), *argv[1:]]
+    # look_for_args_file: a file of flags beside the script would be read unasked
+    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+
+
+_READERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
+
+
+def _flags_of_file(name: str, known: list[str]) -> list[str]:
+    path = Path(name)
+    if path.suffix not in _READERS or not path.is_file():
+        raise FocusConfigError(bad_value("arguments", name, "flags, or an existing .yaml, .yml or .json file first"))
+    try:
+        values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise FocusConfigError(bad_value("arguments", name, f"a well-formed file ({error})")) from error
+    if not isinstance(values, dict):
+        raise FocusConfigError(bad_value("arguments", name, "a file that holds one mapping of names to values"))
+    flags: list[str] = []
+    for key, value in values.items():
+        key = str(key).replace("-", "_")
+        if key not in known:
+            raise FocusConfigError(bad_value("arguments", f"{name}: {key}", ", ".join(known)))
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        # One token, so that a value may begin with a dash
+        flags += [f"--{key}={items[0]}"] if len(items) == 1 else [f"--{key}", *map(str, items)]
+    return flags

@@ -1,0 +1,157 @@
+"""Data sets of documents for fine-tuning: from the Hub by name, or from local files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from datasets.features import Value
+
+from .arguments import DataArguments
+from .errors import FocusDataError, bad_value
+
+# Extension -> builder of `datasets`
+BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Splits that are evaluated on where none is asked for, in this order
+EVAL_SPLITS = ("validation", "valid", "dev", "test")
+
+
+def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True) -> tuple[Dataset, Dataset | None]:
+    """The training and evaluation documents that `args` names.
+
+    Args:
+        args: exactly one of `dataset` and `train_files` is set.
+        seed: which documents are held out, where a share is.
+        by_character: hold out the end of every document where there are too few to hold out whole ones.
+
+    Returns:
+        train and eval rows, with the columns of the source; eval is None with `eval_share=0` and nothing else given.
+
+    Raises:
+        FocusDataError: a file or data set is missing, empty, not readable, or neither or both were given.
+    """
+    if bool(args.dataset) == bool(args.train_files):
+        accepted = "either --dataset or --train-files"
+        raise FocusDataError(bad_value("dataset, train_files", (args.dataset, args.train_files), accepted))
+    if args.dataset:
+        train, evaluation = _load_named(args)
+    else:
+        train = load_files(args.train_files, "train_files", args.sample_by, args.cache_dir)
+        evaluation = None
+    if args.eval_files:
+        evaluation = load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir)
+    if evaluation is None and args.eval_share:
+        train, evaluation = hold_out(
+            train, args.eval_share, seed, args.text_column if by_character else None, by_character
+        )
+    return train, evaluation
+
+
+def load_files(
+    names: Sequence[str | Path], argument: str = "files", sample_by: str = "document", cache_dir: str | None = None
+) -> Dataset:
+    """Rows of local files of one format.
+
+    Args:
+        names: paths, all with the same extension of `BUILDERS`.
+        argument: name of the argument they came from, for messages.
+        sample_by: what one row of a .txt file is: `"document"` (the file), `"paragraph"` or `"line"`.
+        cache_dir: where `datasets` keeps what it read; None: its default.
+
+    Raises:
+        FocusDataError: a file is missing, empty, of another format, or not readable as its extension says.
+    """
+    paths = [Path(name) for name in names]
+    for path in paths:
+        if path.suffix.lower() not in BUILDERS:
+            raise FocusDataError(bad_value(argument, str(path), f"a file ending in {', '.join(BUILDERS)}"))
+        if not path.is_file():
+            raise FocusDataError(bad_value(argument, str(path), "an existing file"))
+        if path.stat().st_size == 0:
+            raise FocusDataError(bad_value(argument, str(path), "a file that is not empty"))
+    builders = {BUILDERS[path.suffix.lower()] for path in paths}
+    if len(builders) != 1:
+        raise FocusDataError(bad_value(argument, [str(path) for path in paths], "one or more files of one format"))
+    builder = builders.pop()
+    options = {"sample_by": sample_by} if builder == "text" else {}
+    try:
+        rows = load_dataset(
+            builder, data_files=[str(path) for path in paths], split="train", cache_dir=cache_dir, **options
+        )
+    except Exception as error:
+        # `datasets` wraps whatever the parser raised: the type says nothing
+        accepted = f"well-formed {builder} files with at least one row ({_first_line(error)})"
+        raise FocusDataError(bad_value(argument, [str(path) for path in paths], accepted)) from error
+    return _not_empty(rows, argument, [str(path) for path in paths])
+
+
+def _load_named(args: DataArguments) -> tuple[Dataset, Dataset | None]:
+    def load(split: str | None) -> Any:
+        try:
+            return load_dataset(args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir)
+        except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+            accepted = f"a data set of the Hub, reachable from here, or a folder of data files ({_first_line(error)})"
+            raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
+        except ValueError as error:
+            asked = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
+            raise FocusDataError(bad_value("dataset", asked, _first_line(error))) from error
+
+    train = load(args.train_split)
+    if args.eval_split:
+        return _not_empty(train, "train_split", args.train_split), _not_empty(
+            load(args.eval_split), "eval_split", args.eval_split
+        )
+    splits: DatasetDict = load(None)
+    found = next((name for name in EVAL_SPLITS if name in splits), None)
+    return _not_empty(train, "dataset", args.dataset), splits[found] if found else None
+
+
+def hold_out(
+    rows: Dataset, share: float, seed: int, text_column: str | None = None, by_character: bool = True
+) -> tuple[Dataset, Dataset]:
+    """Split rows into training and evaluation ones: whole rows drawn at random, or, where that would hold out none,
+    the end of every document.
+
+    Raises:
+        FocusDataError: too few rows, and they may not be cut.
+    """
+    count = int(len(rows) * share)
+    if count:
+        parts = rows.train_test_split(test_size=count, seed=seed)
+        return parts["train"], parts["test"]
+    if not by_character:
+        accepted = f"at least {int(1 / share) + 1} training rows, evaluation data of their own, or eval_share 0"
+        raise FocusDataError(bad_value("eval_share", share, accepted))
+    column = find_text_column(rows, text_column)
+    cut = [int(len(text or "") * (1 - share)) for text in rows[column]]
+    head = [text[:at] for text, at in zip(rows[column], cut, strict=True) if text]
+    tail = [text[at:] for text, at in zip(rows[column], cut, strict=True) if text]
+    return Dataset.from_dict({column: head}), Dataset.from_dict({column: tail})
+
+
+def find_text_column(rows: Dataset, asked: str | None = None, argument: str = "text_column") -> str:
+    """The column of the text: the one asked for, `text`, or the only column of strings.
+
+    Raises:
+        FocusDataError: there is none, several, or it holds no strings.
+    """
+    strings = [name for name, kind in rows.features.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    if asked is None and "text" in strings:
+        return "text"
+    if asked is None and len(strings) == 1:
+        return strings[0]
+    if asked not in strings:
+        raise FocusDataError(bad_value(argument, asked, f"one of the columns of strings, {strings}"))
+    return asked
+
+
+def _not_empty(rows: Dataset, argument: str, value: Any) -> Dataset:
+    if len(rows) == 0:
+        raise FocusDataError(bad_value(argument, value, "data with at least one row"))
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__

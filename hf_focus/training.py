@@ -1,0 +1,342 @@
+"""`finetune`: trains a model, with FocusA or without, on accelerate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import ProjectConfiguration
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from .arguments import DataArguments, ModelArguments, TrainArguments
+from .cards import check_card_names
+from .checkpoints import Progress, digest, find_checkpoint, list_checkpoints, read_progress, remove_checkpoints
+from .collators import ReproducibleCollator
+from .configuration import FocusConfig
+from .data import hold_out, load_documents
+from .errors import FocusConfigError, bad_value
+from .preparation import (
+    Source,
+    check_focus_settings,
+    check_model_arguments,
+    choose_trained,
+    find_block_size,
+    find_source,
+    load_model,
+    merge_lora,
+    parameter_groups,
+)
+from .run_card import write_run_card
+from .run_log import LOG_FILE, TRACKER_FOLDER, RunLog, check_trackers
+from .tasks import Encoded, Task, find_task
+from .training_loop import Run, train
+
+# These change where a run writes and how it is watched, not what it computes
+NOT_OF_THE_RUN = {
+    "output_dir",
+    "resume",
+    "overwrite_output_dir",
+    "num_processes",
+    "num_workers",
+    "logging_steps",
+    "eval_steps",
+    "eval_at_start",
+    "eval_batch_size",
+    "eval_split",
+    "eval_files",
+    "max_eval_examples",
+    "save_steps",
+    "save_limit",
+    "report_to",
+    "progress_bar",
+    "cache_dir",
+    "license",
+    "language",
+    # The digest of the examples stands for these
+    "dataset",
+    "dataset_config",
+    "train_split",
+    "train_files",
+    "sample_by",
+}
+
+
+@dataclass
+class FinetuneResult:
+    """What a run leaves: `output_dir` holds the model, tokenizer, card, log, trackers and checkpoints.
+
+    model: trained, LoRA merged, in eval mode. metrics: of the last evaluation, empty without evaluation data.
+    log: the lines of train_log.jsonl. steps: optimizer steps made, those before a resume included. seconds: wall clock
+    of this call's training loop.
+    """
+
+    output_dir: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, float]
+    log: list[dict[str, Any]]
+    steps: int
+    seconds: float
+
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    train_args: TrainArguments,
+    focus: Any = None,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+) -> FinetuneResult:
+    """Fine-tune a model and save it in `train_args.output_dir`, where `from_pretrained` loads it.
+
+    ```python
+    finetune(
+        ModelArguments("Qwen/Qwen3-0.6B"),
+        DataArguments(train_files=["book.txt"]),
+        TrainArguments(output_dir="qwen3-focus", max_steps=100),
+        FocusConfig(max_span=128),
+    )
+    ```
+
+    Args:
+        model_args, data_args, train_args: see their fields, or `scripts/finetune.py --help`.
+        focus: a `FocusConfig`, a dict of its settings or a `FocusArguments`; None: the defaults.
+        model: an already built model, trained in place, instead of the one `model_args` names.
+        tokenizer: its tokenizer.
+        train_dataset, eval_dataset: documents as `datasets` rows, instead of those `data_args` names; without
+            `eval_dataset`, `data_args.eval_share` is held out.
+
+    Raises:
+        FocusConfigError, FocusDataError, FocusResumeError: before the model or `output_dir` is changed.
+        UnsupportedArchitectureError, NoMatchingLayerError: before the model is changed.
+        FocusError: the loss is no longer finite; checkpoints stay.
+    """
+    task = find_task(train_args.task)
+    focus = focus.to_config() if hasattr(focus, "to_config") else FocusConfig.build(focus)
+    check_model_arguments(model_args, model)
+    check_card_names(model_args.license, model_args.language)
+    trackers = check_trackers(train_args.report_to)
+    output_dir = Path(train_args.output_dir)
+    checkpoint = _check_output_dir(train_args, output_dir)
+    with _accelerator(train_args, trackers, output_dir) as accelerator:
+        source = find_source(model_args, model, tokenizer)
+        check_focus_settings(model_args, focus, source)
+        data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
+        encoded = _encode(accelerator, task, source, data_args, train_args, train_dataset, eval_dataset)
+        description = _describe(model_args, data_args, train_args, focus, source, encoded, accelerator)
+        progress = Progress()
+        if checkpoint:
+            progress = read_progress(checkpoint, train_args.resume, description)
+        torch.manual_seed(train_args.seed)
+        load_model(source, task, model_args, encoded.config)
+        trained = choose_trained(source, task, model_args, focus, train_args.seed)
+        arguments = (model_args, data_args, train_args)
+        return _train(accelerator, task, source, trained, encoded, description, checkpoint, progress, arguments)
+
+
+def _check_output_dir(args: TrainArguments, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, if any; another run's folder is neither written to nor taken over."""
+    checkpoint = None
+    if args.resume:
+        if args.overwrite_output_dir:
+            raise FocusConfigError(bad_value("overwrite_output_dir", True, "False with --resume"))
+        checkpoint = find_checkpoint(args.resume, output_dir)
+        if checkpoint.parent.resolve() == output_dir.resolve():
+            return checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FocusConfigError(bad_value("output_dir", str(output_dir), "a folder, or a name that is still free"))
+    if not args.overwrite_output_dir and ((output_dir / LOG_FILE).exists() or list_checkpoints(output_dir)):
+        accepted = "a folder without an earlier run; --resume latest goes on, --overwrite-output-dir starts anew"
+        raise FocusConfigError(bad_value("output_dir", str(output_dir), accepted))
+    return checkpoint
+
+
+@contextmanager
+def _accelerator(args: TrainArguments, trackers: list[str], output_dir: Path) -> Iterator[Accelerator]:
+    own_state = not is_initialized()
+    try:
+        try:
+            accelerator = Accelerator(
+                cpu=args.cpu,
+                mixed_precision=args.mixed_precision,
+                log_with=trackers or None,
+                project_config=ProjectConfiguration(str(output_dir), str(output_dir / TRACKER_FOLDER)),
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+                # Steps are counted here, and so is accumulation: accelerate would take the mean of means
+                step_scheduler_with_optimizer=False,
+            )
+        except ValueError as error:
+            # For a precision that the device lacks, or another one than this process already runs with
+            accepted = f"another precision ({error})"
+            raise FocusConfigError(bad_value("mixed_precision", args.mixed_precision, accepted)) from error
+        _check_machine(args, accelerator)
+        yield accelerator
+        accelerator.end_training()
+    finally:
+        if own_state:
+            # A later call in this process may ask for another precision
+            AcceleratorState._reset_state()
+
+
+def _check_machine(args: TrainArguments, accelerator: Accelerator) -> None:
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would compute in float32, silently
+        raise FocusConfigError(bad_value("mixed_precision", "fp16", "'no' or 'bf16' on a CPU"))
+    if args.num_processes not in (None, accelerator.num_processes):
+        # accelerate falls back to one process, silently, where it cannot start several
+        accepted = f"{accelerator.num_processes}, the processes that run; torchrun --nproc_per_node starts several"
+        raise FocusConfigError(bad_value("num_processes", args.num_processes, accepted))
+
+
+def _encode(
+    accelerator: Accelerator,
+    task: Task,
+    source: Source,
+    args: DataArguments,
+    train_args: TrainArguments,
+    train_rows: Dataset | None,
+    eval_rows: Dataset | None,
+) -> Encoded:
+    task.collator(source.tokenizer, args)
+    # The first process prepares, the others read what it cached
+    with accelerator.main_process_first():
+        if train_rows is None:
+            train_rows, eval_rows = load_documents(args, train_args.seed, task.by_character)
+        elif eval_rows is None and args.eval_share:
+            train_rows, eval_rows = hold_out(
+                train_rows, args.eval_share, train_args.seed, args.text_column, task.by_character
+            )
+        encoded = task.encode(train_rows, eval_rows, source.tokenizer, args, args.block_size)
+
+    def first(rows: Dataset | None, count: int | None) -> Dataset | None:
+        return rows if rows is None or count is None else rows.select(range(min(count, len(rows))))
+
+    return Encoded(
+        first(encoded.train, args.max_train_examples),
+        first(encoded.evaluation, args.max_eval_examples),
+        encoded.config,
+    )
+
+
+def _describe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    train_args: TrainArguments,
+    focus: FocusConfig,
+    source: Source,
+    encoded: Encoded,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What a run computes, as plain values: a checkpoint of another description is not resumed from."""
+    settings = {**asdict(model_args), **asdict(data_args), **asdict(train_args)}
+    description = {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
+    config = source.config.to_dict()
+    unrelated = (
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "_name_or_path",
+        "use_cache",
+        "focus_config",
+        "focus_architecture",
+    )
+    return {
+        **description,
+        "model_config": {name: value for name, value in sorted(config.items()) if name not in unrelated},
+        "focus_settings": focus.to_dict() if model_args.focus else None,
+        "training_data": digest(encoded.train),
+        "processes": accelerator.num_processes,
+    }
+
+
+def _train(
+    accelerator: Accelerator,
+    task: Task,
+    source: Source,
+    model: nn.Module,
+    encoded: Encoded,
+    description: dict[str, Any],
+    checkpoint: Path | None,
+    progress: Progress,
+    arguments: tuple[ModelArguments, DataArguments, TrainArguments],
+) -> FinetuneResult:
+    _, data_args, args = arguments
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if args.overwrite_output_dir:
+            remove_checkpoints(output_dir)
+    collator = ReproducibleCollator(task.collator(source.tokenizer, data_args), task.count_targets, args.seed)
+    train_loader = DataLoader(
+        encoded.train, args.batch_size, shuffle=True, collate_fn=collator, num_workers=args.num_workers
+    )
+    eval_loader = None
+    if encoded.evaluation is not None:
+        fixed = ReproducibleCollator(collator.inner, task.count_targets, args.seed)
+        eval_size = args.eval_batch_size or args.batch_size
+        eval_loader = accelerator.prepare(
+            DataLoader(encoded.evaluation, eval_size, collate_fn=fixed, num_workers=args.num_workers)
+        )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args), betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+    )
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    steps_per_epoch = ceil(len(train_loader) / args.gradient_accumulation_steps)
+    max_steps = args.max_steps or ceil(args.num_epochs * steps_per_epoch)
+    scheduler = accelerator.prepare(
+        get_scheduler(args.schedule, optimizer, ceil(args.warmup_share * max_steps), max_steps)
+    )
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+    run = Run(
+        accelerator=accelerator,
+        args=args,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        collator=collator,
+        log=RunLog(accelerator, output_dir, progress.step if checkpoint else None),
+        output_dir=output_dir,
+        description=description,
+        max_steps=max_steps,
+        progress=progress,
+    )
+    accelerator.init_trackers("hf_focus", {k: v for k, v in description.items() if isinstance(v, (int, float, str))})
+    seconds, metrics = train(run)
+    return _finish(run, source.tokenizer, arguments, seconds, metrics)
+
+
+def _finish(
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: tuple[ModelArguments, DataArguments, TrainArguments],
+    seconds: float,
+    metrics: dict[str, float],
+) -> FinetuneResult:
+    """Save the model, the tokenizer and the card."""
+    accelerator = run.accelerator
+    accelerator.wait_for_everyone()
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    model = merge_lora(accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)).eval()
+    if arguments[0].gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    if accelerator.is_main_process:
+        model.save_pretrained(run.output_dir)
+        tokenizer.save_pretrained(run.output_dir)
+        write_run_card(run, model, arguments, trained, seconds, metrics)
+    accelerator.wait_for_everyone()
+    return FinetuneResult(run.output_dir, model, tokenizer, metrics, run.log.lines, run.progress.step, seconds)

@@ -1,0 +1,1 @@
+"""Templates of model cards. Installed as `hf_focus.model_cards`."""

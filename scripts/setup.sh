@@ -1,0 +1,32 @@
+# Makes .venv at the root of the repository with hf_focus and its extras, unless it is there and up to date.
+# Sourced by quickstart.sh and test.sh: `setup tests` leaves $python set.
+#   PYTHON       the interpreter to build with (default: python3), 3.10 or newer
+#   TORCH_INDEX  a package index to take torch from, for example PyTorch's own index of CPU builds
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$root/.venv/bin/python"
+
+say() { printf '\n== %s\n' "$*"; }
+
+setup() {
+    local extras="$1" base="${PYTHON:-python3}" stamp="$root/.venv/.hf_focus" wanted
+    wanted="$extras $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)"
+    if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        say "Using the virtual environment .venv"
+        return
+    fi
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "Python 3.10 or newer is needed; $base is $("$base" --version 2>&1). Set PYTHON to another one." >&2
+        return 1
+    }
+    say "Creating the virtual environment .venv"
+    "$base" -m venv "$root/.venv"
+    # A range would fetch the newest build for GPUs, gigabytes of it; the pinned one is enough on a CPU
+    if command -v nvidia-smi >/dev/null 2>&1; then say "Installing torch (GPU)"; else say "Installing torch (CPU)"; fi
+    "$python" -m pip install --disable-pip-version-check ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+        --constraint "$root/scripts/constraints.txt" torch
+    say "Installing hf_focus and what it needs"
+    "$python" -m pip install --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
+        --editable "$root[$extras]"
+    printf '%s' "$wanted" >"$stamp"
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up and runs the whole test suite: style, then all tests on all cores. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+cd "$root"
+setup tests
+say "Checking the style (ruff)"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+say "Running the tests"
+# One thread a process: the processes already use every core
+OMP_NUM_THREADS=1 "$python" -m pytest -n auto "$@"

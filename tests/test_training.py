@@ -1,0 +1,538 @@
+"""Fine-tuning: resumed equals uninterrupted, accumulated equals one batch, what is trained and saved, bad input."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from small_runs import (
+    FOCUS,
+    byte_tokenizer,
+    losses,
+    run,
+    texts,
+    tiny_bert,
+    tiny_bert_classifier,
+    tiny_llama,
+    tiny_llama_classifier,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_focus import FocusConfig, apply_focus
+from hf_focus.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from hf_focus.errors import FocusConfigError, FocusDataError, FocusError, FocusResumeError, NoMatchingLayerError
+from hf_focus.modeling import FocusMixin
+from hf_focus.preparation import parameter_groups
+from hf_focus.training import finetune
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Any]:
+    """Nine documents to train on, three to evaluate on; every third one carries the other label."""
+    names = {}
+    for split, count in (("train", 9), ("eval", 3)):
+        path = tmp_path / f"{split}.jsonl"
+        rows = [{"text": text, "label": "ba"[i % 3 == 0]} for i, text in enumerate(texts(count))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        names[f"{split}_files"] = [str(path)]
+    return names
+
+
+def folder(tmp_path: Path, name: str) -> Path:
+    path = tmp_path / name
+    path.mkdir()
+    return path
+
+
+TASKS = {
+    "causal-lm": (tiny_llama, AutoModelForCausalLM, {"loss", "perplexity", "bits_per_byte", "accuracy"}),
+    "masked-lm": (tiny_bert, AutoModelForMaskedLM, {"loss", "perplexity", "accuracy"}),
+    "sequence-classification": (tiny_bert_classifier, AutoModelForSequenceClassification, {"loss", "accuracy"}),
+}
+
+
+@pytest.mark.parametrize("focus", [FOCUS, None], ids=["focus", "plain"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_and_its_folder_loads(
+    tmp_path: Path, data: dict[str, Any], task: str, focus: FocusConfig | None
+) -> None:
+    build, auto_class, reported = TASKS[task]
+    started = tmp_path / "start"
+    build().save_pretrained(started)
+    byte_tokenizer().save_pretrained(started)
+    result = run(
+        tmp_path,
+        data,
+        focus=focus,
+        task=task,
+        model_args={"model_name_or_path": str(started)},
+        max_steps=6,
+        eval_at_start=True,
+    )
+    loaded = auto_class.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, FocusMixin) == (focus is not None)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in result.model.state_dict().items())
+    assert reported <= set(result.metrics)
+    first = next(line for line in result.log if "eval_loss" in line)
+    assert result.metrics["loss"] < first["eval_loss"]
+    if task == "sequence-classification":
+        assert loaded.config.id2label == {0: "a", 1: "b"}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
+        name: result.metrics[name] for name in reported
+    }
+    # The model came from a folder: neither its path nor any other of this machine is told
+    assert "base_model" not in card.data.to_dict()
+    assert str(tmp_path) not in str(card)
+    assert not re.search(r"(/home/|/root|/tmp/|\\Users\\)", str(card))
+
+
+@pytest.mark.parametrize(
+    ("task", "build", "focus"),
+    [
+        ("causal-lm", lambda: tiny_llama(attention_dropout=0.2), FOCUS),
+        ("masked-lm", tiny_bert, None),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, data: dict[str, Any], task: str, build: Any, focus: FocusConfig | None
+) -> None:
+    # 1 batch a step left over in each pass, and a checkpoint in the middle of the second pass
+    settings = {"task": task, "max_steps": 7, "gradient_accumulation_steps": 2, "data_args": {"block_size": 32}}
+    whole = run(folder(tmp_path, "a"), data, build(), focus, save_steps=2, save_limit=None, **settings)
+    epochs = [line["epoch"] for line in whole.log if "loss" in line]
+    for step in (2, 4, 6):
+        target = folder(tmp_path, f"b{step}")
+        checkpoint = str(tmp_path / "a" / "out" / f"checkpoint-{step}")
+        resumed = run(target, data, build(), focus, resume=checkpoint, **settings)
+        assert losses(resumed) == {k: v for k, v in losses(whole).items() if k > step}
+        assert [line["epoch"] for line in resumed.log if "loss" in line] == epochs[step:]
+        state = resumed.model.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    assert max(epochs) > 1
+    assert len(set(losses(whole).values())) == 7
+
+
+def test_latest_goes_on_in_the_same_folder(tmp_path: Path, data: dict[str, Any]) -> None:
+    whole = run(tmp_path, data, tiny_llama(), max_steps=5, save_steps=2, save_limit=1)
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
+    # What a crash leaves: half a checkpoint under its temporary name, one without its last file
+    shutil.copytree(out / "checkpoint-4", out / "partial-checkpoint-6")
+    shutil.copytree(out / "checkpoint-4", out / "checkpoint-8")
+    (out / "checkpoint-8" / "run.json").unlink()
+    again = run(tmp_path, data, tiny_llama(), max_steps=5, save_steps=2, save_limit=1, resume="latest")
+    assert losses(again) == losses(whole)
+    lines = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert lines == again.log
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("change", ["learning_rate", "focus", "data", "model", "garbage", "missing", "latest"])
+def test_a_folder_of_another_run_is_refused(tmp_path: Path, data: dict[str, Any], change: str) -> None:
+    run(folder(tmp_path, "a"), data, tiny_llama(), max_steps=2, save_steps=2)
+    checkpoint = tmp_path / "a" / "out" / "checkpoint-2"
+    settings: dict[str, Any] = {"max_steps": 2, "resume": str(checkpoint)}
+    model, focus, expected = tiny_llama(), FOCUS, change
+    if change == "learning_rate":
+        settings["learning_rate"] = 2e-2
+    elif change == "focus":
+        focus, expected = FocusConfig(max_span=9, ramp=3, max_iterations=2), "max_span"
+    elif change == "data":
+        # The first of the documents is longer by one letter
+        path = Path(data["train_files"][0])
+        path.write_text(path.read_text().replace('"text": "', '"text": "x', 1))
+        expected = "training_data"
+    elif change == "model":
+        model, expected = tiny_llama(rms_norm_eps=1e-5), "model_config"
+    elif change == "garbage":
+        (checkpoint / "run.json").write_text("{")
+        expected = "readable"
+    else:
+        settings["resume"] = str(tmp_path) if change == "missing" else "latest"
+        expected = "checkpoint"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target = folder(tmp_path, "b")
+    with pytest.raises(FocusResumeError, match="resume") as caught:
+        run(target, data, model, focus, **settings)
+    assert expected in str(caught.value)
+    # Nothing was changed
+    assert not isinstance(model, FocusMixin)
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {
+        k: v.tolist() for k, v in before.items()
+    }
+    assert not (target / "out").exists()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_bert_classifier])
+def test_accumulation_equals_one_batch(tmp_path: Path, data: dict[str, Any], build: Any) -> None:
+    task = "causal-lm" if build is tiny_llama else "sequence-classification"
+    # Blocks of unequal length: the mean of means would differ from the mean. The refiner learns once a forward pass
+    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, refiner=False, span_penalty=0.1)
+    model_settings = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    results = []
+    for number, (batch_size, steps) in enumerate([(2, 1), (1, 2)]):
+        model = build()
+        for name, value in model_settings.items():
+            setattr(model.config, name, value)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        results.append(
+            run(
+                folder(tmp_path, str(number)),
+                data,
+                model,
+                focus if build is tiny_llama else None,
+                task=task,
+                batch_size=batch_size,
+                gradient_accumulation_steps=steps,
+                learning_rate=1e-3,
+                max_steps=8,
+                data_args={"block_size": 37, "eval_share": 0.0},
+            )
+        )
+    one, two = (losses(result) for result in results)
+    assert one == pytest.approx(two, abs=1e-5)
+    assert len(one) == 8
+
+
+def test_the_model_sees_uneven_batches_as_the_test_above_wants(data: dict[str, Any]) -> None:
+    from hf_focus.data import load_documents
+    from hf_focus.tasks import find_task
+
+    rows = load_documents(DataArguments(**data))[0]
+    lengths = [
+        len(ids)
+        for ids in find_task("causal-lm").encode(rows, None, byte_tokenizer(), DataArguments(), 37).train["input_ids"]
+    ]
+    assert lengths[-1] < lengths[0] == 37
+
+
+def test_freezing_the_base_trains_focus_alone(tmp_path: Path, data: dict[str, Any]) -> None:
+    start = apply_focus(tiny_llama(), FOCUS).state_dict()
+    trained = run(tmp_path, data, tiny_llama(), model_args={"freeze_base": True}, max_steps=6).model.state_dict()
+    moved = {name for name, value in trained.items() if not torch.equal(value, start[name])}
+    assert {name for name in moved if ".focus." not in name} == set()
+    parameters = {name for name, _ in apply_focus(tiny_llama(), FOCUS).named_parameters() if ".focus." in name}
+    assert parameters <= moved
+
+
+def test_freezing_the_base_still_trains_a_new_head(tmp_path: Path, data: dict[str, Any]) -> None:
+    tiny_llama().save_pretrained(tmp_path / "start")
+    byte_tokenizer().save_pretrained(tmp_path / "start")
+    arguments = {"model_name_or_path": str(tmp_path / "start"), "freeze_base": True}
+    model = run(tmp_path, data, task="sequence-classification", model_args=arguments).model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "score.weight" in trained
+    assert all(".focus." in name for name in trained - {"score.weight"})
+
+
+def test_lora_trains_a_new_head_in_full(tmp_path: Path, data: dict[str, Any]) -> None:
+    tiny_bert().save_pretrained(tmp_path / "start")
+    byte_tokenizer().save_pretrained(tmp_path / "start")
+    heads = []
+    for name, steps in (("a", 1), ("b", 6)):
+        arguments = {"model_name_or_path": str(tmp_path / "start"), "lora_rank": 2}
+        task = "sequence-classification"
+        result = run(folder(tmp_path, name), data, task=task, model_args=arguments, max_steps=steps, warmup_share=0.5)
+        heads.append(result.model.classifier.weight)
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "out").state_dict()
+        state = result.model.state_dict()
+        assert set(loaded) == set(state)
+        assert all(torch.equal(value, loaded[key]) for key, value in state.items())
+    assert not torch.equal(*heads)
+
+
+@pytest.mark.parametrize("focus", [FOCUS, None], ids=["focus", "plain"])
+def test_lora_is_merged_and_reloads(tmp_path: Path, data: dict[str, Any], focus: FocusConfig | None) -> None:
+    result = run(tmp_path, data, tiny_llama(), focus, model_args={"lora_rank": 2}, max_steps=6)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    start = (apply_focus(tiny_llama(), focus) if focus else tiny_llama()).state_dict()
+    state = loaded.state_dict()
+    assert set(state) == set(start)
+    moved = {name for name, value in state.items() if not torch.equal(value, start[name])}
+    linear = {name for name in start if re.search(r"(_proj)\.weight$", name)}
+    assert {name for name in moved if ".focus." not in name} == linear
+    assert any(name.endswith(".focus.join") for name in moved) == (focus is not None)
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(loaded.eval()(ids).logits, result.model(ids).logits)
+
+
+def test_lora_resumes_to_the_same_losses(tmp_path: Path, data: dict[str, Any]) -> None:
+    settings = {"model_args": {"lora_rank": 2, "lora_dropout": 0.1}, "max_steps": 4}
+    whole = run(folder(tmp_path, "a"), data, tiny_llama(), save_steps=2, **settings)
+    checkpoint = str(tmp_path / "a" / "out" / "checkpoint-2")
+    resumed = run(folder(tmp_path, "b"), data, tiny_llama(), resume=checkpoint, **settings)
+    assert losses(resumed) == {k: v for k, v in losses(whole).items() if k > 2}
+
+
+def test_a_focus_model_is_trained_on_as_it_is(tmp_path: Path, data: dict[str, Any]) -> None:
+    run(tmp_path, data, tiny_llama())
+    again = {"model_name_or_path": str(tmp_path / "out")}
+    second = run(folder(tmp_path, "b"), data, focus=FocusConfig(), model_args=again)
+    assert second.model.focus_config == FOCUS
+    with pytest.raises(FocusConfigError, match="max_span"):
+        run(folder(tmp_path, "c"), data, focus=FocusConfig(max_span=9), model_args=again)
+    with pytest.raises(FocusConfigError, match="focus"):
+        run(folder(tmp_path, "d"), data, focus=None, model_args=again)
+
+
+def test_from_scratch_reads_the_config_alone(tmp_path: Path, data: dict[str, Any]) -> None:
+    with torch.no_grad():
+        model = tiny_llama()
+        model.lm_head.weight.fill_(0.5)
+    model.save_pretrained(tmp_path / "start")
+    byte_tokenizer().save_pretrained(tmp_path / "start")
+    arguments = {"model_name_or_path": str(tmp_path / "start"), "from_scratch": True}
+    result = run(tmp_path, data, model_args=arguments, max_steps=1)
+    assert result.model.lm_head.weight.abs().max() < 0.4
+    assert result.model.config.hidden_size == 32
+
+
+def test_groups_of_parameters() -> None:
+    model = apply_focus(tiny_llama(), FOCUS)
+    groups = parameter_groups(model, TrainArguments(output_dir="x", learning_rate=1e-3, focus_learning_rate=1e-2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(names)
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == (1e-2 if ".focus." in name else 1e-3)
+            plain = parameter.ndim < 2 or re.search("norm|bias|gain", name)
+            assert group["weight_decay"] == (0.0 if plain else 0.01)
+    assert len(groups) == 4
+
+
+def test_trackers_and_log(tmp_path: Path, data: dict[str, Any]) -> None:
+    result = run(tmp_path, data, tiny_llama(), report_to=["tensorboard"], eval_steps=2)
+    files = list((tmp_path / "out" / "trackers").rglob("events.out.tfevents*"))
+    assert any(path.stat().st_size > 500 for path in files)
+    steps = [line for line in result.log if "loss" in line]
+    for key in ("loss", "learning_rate", "seconds", "tokens_per_second", "peak_memory_bytes", "grad_norm"):
+        assert all(line[key] >= 0 for line in steps)
+    assert [line["step"] for line in result.log if "eval_bits_per_byte" in line] == [2, 4]
+    assert steps[-1]["learning_rate"] == 0 < max(line["learning_rate"] for line in steps)
+
+
+@pytest.mark.parametrize("precision", [{"mixed_precision": "bf16"}, {"model_args": {"gradient_checkpointing": True}}])
+def test_other_ways_to_compute_reach_nearly_the_same(
+    tmp_path: Path, data: dict[str, Any], precision: dict[str, Any]
+) -> None:
+    # Both in one process, one after the other; exploration would meet other numbers
+    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, epsilon=0.0)
+    reference = run(folder(tmp_path, "a"), data, tiny_llama(), focus)
+    other = run(folder(tmp_path, "b"), data, tiny_llama(), focus, **precision)
+    assert losses(other) == pytest.approx(losses(reference), abs=0.05)
+    assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+    assert not other.model.is_gradient_checkpointing
+
+
+BAD = {
+    "task": ({"task": "cooking"}, FocusConfigError, "task"),
+    "rate": ({"learning_rate": -1.0}, FocusConfigError, "learning_rate"),
+    "schedule": ({"schedule": "zigzag"}, FocusConfigError, "schedule"),
+    "precision": ({"mixed_precision": "fp16"}, FocusConfigError, "mixed_precision"),
+    "tracker": ({"report_to": ["smoke-signals"]}, FocusConfigError, "report_to"),
+    "processes": ({"num_processes": 7}, FocusConfigError, "num_processes"),
+    "nothing to train": ({"focus": None, "model_args": {"freeze_base": True}}, FocusConfigError, "freeze_base"),
+    "lora": ({"model_args": {"freeze_base": True, "lora_rank": 2}}, FocusConfigError, "lora_rank"),
+    "lora targets": (
+        {"model_args": {"lora_rank": 2, "lora_targets": ["x"]}},
+        FocusConfigError,
+        "lora_targets",
+    ),
+    "license": ({"model_args": {"license": "mine"}}, FocusConfigError, "license"),
+    "block": ({"data_args": {"block_size": 65}}, FocusConfigError, "block_size"),
+    "layers": ({"focus": FocusConfig(layers=[7])}, NoMatchingLayerError, "layers"),
+    "file": ({"data_args": {"train_files": ["none.txt"]}}, FocusDataError, "train_files"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_is_changed(tmp_path: Path, data: dict[str, Any], case: str) -> None:
+    changes, error, argument = BAD[case]
+    model = tiny_llama()
+    with pytest.raises(error, match=argument):
+        run(tmp_path, data, model, **changes)
+    assert not isinstance(model, FocusMixin)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path, data: dict[str, Any]) -> None:
+    first = run(tmp_path, data, tiny_llama(), save_steps=2)
+    with pytest.raises(FocusConfigError, match="output_dir"):
+        run(tmp_path, data, tiny_llama())
+    second = run(tmp_path, data, tiny_llama(), overwrite_output_dir=True, max_steps=2)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert len(second.log) < len(first.log)
+
+
+def test_without_evaluation_data_there_are_no_results(tmp_path: Path, data: dict[str, Any]) -> None:
+    train = {"train_files": data["train_files"]}
+    result = run(tmp_path, train, tiny_llama(), data_args={"eval_share": 0.0}, eval_steps=2)
+    assert result.metrics == {}
+    assert "model-index" not in (tmp_path / "out" / "README.md").read_text()
+    held_out = run(folder(tmp_path, "b"), train, tiny_llama(), data_args={"eval_share": 0.3})
+    assert held_out.metrics["bits_per_byte"] > 0
+
+
+def test_data_sets_in_memory_equal_files(tmp_path: Path, data: dict[str, Any]) -> None:
+    from_files = run(tmp_path, {"train_files": data["train_files"]}, tiny_llama(), data_args={"eval_share": 0.3})
+    in_memory = finetune(
+        ModelArguments(),
+        DataArguments(block_size=16, cache_dir=str(tmp_path / "cache"), eval_share=0.3),
+        TrainArguments(
+            output_dir=str(tmp_path / "b"),
+            max_steps=4,
+            batch_size=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            progress_bar=False,
+            cpu=True,
+        ),
+        FOCUS,
+        model=tiny_llama(),
+        tokenizer=byte_tokenizer(),
+        train_dataset=Dataset.from_dict({"text": texts(9)}),
+    )
+    assert losses(in_memory) == losses(from_files)
+    assert in_memory.metrics == from_files.metrics
+
+
+def test_two_processes_equal_one(tmp_path: Path, data: dict[str, Any]) -> None:
+    tiny_llama().save_pretrained(tmp_path / "start")
+    byte_tokenizer().save_pretrained(tmp_path / "start")
+    # Documents, batches and evaluation blocks that two processes cannot share evenly
+    settings = {**data, "model_name_or_path": "start", "max_steps": 4, "block_size": 37, "max_span": 8, "ramp": 3}
+    settings |= {"max_iterations": 2, "epsilon": 0.0, "cpu": True, "logging_steps": 1, "learning_rate": 1e-2}
+    logs = []
+    for count in (1, 2):
+        values = {**settings, "output_dir": f"out{count}", "batch_size": 2 // count, "num_processes": count}
+        (tmp_path / "run.yaml").write_text(json.dumps(values))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
+        command = [sys.executable, *launch, str(SCRIPT), "run.yaml", "--cache-dir", "cache"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / f"out{count}" / "train_log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for one, two in zip(*logs, strict=True):
+        # The recorded figures of FocusA are of the first batch, and that is another one
+        same = [
+            key
+            for key in one
+            if key not in ("tokens_per_second", "seconds", "peak_memory_bytes") and "focus" not in key
+        ]
+        assert {key: two[key] for key in same} == pytest.approx({key: one[key] for key in same}, rel=1e-4)
+
+
+def test_a_diverged_run_stops(tmp_path: Path, data: dict[str, Any]) -> None:
+    with pytest.raises(FocusError, match="learning-rate"):
+        run(tmp_path, data, tiny_llama(), learning_rate=1e30, max_grad_norm=None, max_steps=20)
+
+
+def test_flags_and_files_give_the_same_arguments(tmp_path: Path) -> None:
+    line = "--model-name-or-path m --output-dir o --learning-rate 1e-4 --layers 0 2 --no-focus --train-files a b"
+    flags = parse_arguments(line.split())
+    values = {"model_name_or_path": "m", "output-dir": "o", "learning_rate": 1e-4, "layers": [0, 2], "focus": False}
+    values["train_files"] = ["a", "b"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    (tmp_path / "run.yaml").write_text(json.dumps(values).replace("0.0001", "1e-4"))
+    for name in ("run.json", "run.yaml"):
+        assert parse_arguments([str(tmp_path / name)]) == flags
+        assert parse_arguments([str(tmp_path / name), "--learning-rate", "2"])[2].learning_rate == 2
+    assert flags[3].to_config() == FocusConfig(layers=[0, 2])
+    (tmp_path / "bad.yaml").write_text("learning_rte: 1")
+    (tmp_path / "list.yaml").write_text("[1]")
+    for name in ("bad.yaml", "list.yaml", "missing.yaml"):
+        with pytest.raises(FocusConfigError, match=name):
+            parse_arguments([str(tmp_path / name)])
+
+
+def test_the_script_trains_and_refuses(tmp_path: Path, data: dict[str, Any]) -> None:
+    tiny_llama().save_pretrained(tmp_path / "start")
+    byte_tokenizer().save_pretrained(tmp_path / "start")
+    settings = {
+        **data,
+        "model_name_or_path": "start",
+        "output_dir": "out",
+        "max_steps": 2,
+        "block_size": 16,
+        "max_span": 8,
+        "cpu": True,
+        "cache_dir": "cache",
+        "license": "mit",
+        "language": ["en"],
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, str(SCRIPT), "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "bits_per_byte" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").focus_config.max_span == 8
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
+
+
+def test_the_trainer_of_transformers_takes_a_patched_model(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    rows = [tokenizer(text, max_length=16, truncation=True, padding="max_length") for text in texts(8)]
+    dataset = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in rows])
+    model = apply_focus(tiny_llama(), FOCUS)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    trainer.save_model(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded, FocusMixin)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(not torch.equal(state[name], start[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_llama_classifier_pads_and_trains(tmp_path: Path, data: dict[str, Any]) -> None:
+    result = run(tmp_path, data, tiny_llama_classifier(), task="sequence-classification", batch_size=3)
+    assert 0 <= result.metrics["accuracy"] <= 1
+
+
+def test_arguments_given_to_python_are_checked() -> None:
+    with pytest.raises(FocusConfigError, match="output_dir"):
+        TrainArguments()
+    with pytest.raises(FocusConfigError, match="train_files"):
+        DataArguments(train_files="a.txt")
+    with pytest.raises(FocusConfigError, match="dtype"):
+        ModelArguments(dtype="int8")
