@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
+import transformers
 from transformers import PreTrainedConfig
 
 from .architecture import Architecture
@@ -12,11 +13,14 @@ from .configuration import FocusConfig
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
 
 MODEL_TYPE_PREFIX = "focus_"
+# Of what is saved: raised when older code could not read it rightly
+FORMAT = 1
 
 
 class FocusConfigMixin:
-    """What FocusA adds to an architecture's config: two entries of config.json.
+    """What FocusA adds to an architecture's config: three entries of config.json.
 
+    focus_format: version of the format it was saved in.
     focus_config: the `FocusConfig`, as a dict.
     focus_architecture: the `Architecture` it was patched by, as a dict, so that the patch can be rebuilt where the
         architecture is not declared; None until a model is made.
@@ -46,6 +50,10 @@ class FocusConfigMixin:
         if (override := kwargs.pop("focus_config", None)) is not None:
             config_dict["focus_config"] = FocusConfig.build(override).to_dict()
         if config_dict.get("model_type") == cls.model_type:
+            saved = config_dict.get("focus_format")
+            if not isinstance(saved, int) or saved > FORMAT:
+                accepted = f"a format up to {FORMAT}; a newer hf_focus, or trust_remote_code=True, reads newer ones"
+                raise FocusCheckpointError(bad_value("focus_format", saved, accepted))
             try:
                 FocusConfig.from_dict(config_dict.get("focus_config"))
                 if (architecture := config_dict.get("focus_architecture")) is not None:
@@ -54,6 +62,7 @@ class FocusConfigMixin:
                 raise FocusCheckpointError(
                     f"config.json of this {cls.model_type} cannot be rebuilt: {error}"
                 ) from error
+        config_dict["focus_format"] = FORMAT
         # A plain checkpoint loads into a Focus class: its type is the base's
         config_dict["model_type"] = cls.model_type
         return super().from_dict(config_dict, **kwargs)
@@ -79,8 +88,11 @@ def focus_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         {
             "__module__": __name__,
             "__doc__": f"`{base.__name__}` of a model patched with FocusA.",
-            "__annotations__": {"focus_config": dict | None, "focus_architecture": dict | None},
+            "__annotations__": {"focus_format": int, "focus_config": dict | None, "focus_architecture": dict | None},
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
+            # The saved config carries the code that reads it
+            "_auto_class": "AutoConfig",
+            "focus_format": FORMAT,
             "focus_config": None,
             "focus_architecture": None,
             "base_class": base,
@@ -97,14 +109,29 @@ def to_focus(config: PreTrainedConfig, focus_config: FocusConfig, architecture: 
     """A copy of a config as its Focus class."""
     config = copy.deepcopy(config)
     config.__class__ = focus_config_class(type(config))
+    config.focus_format = FORMAT
     config.focus_config = focus_config.to_dict()
     config.focus_architecture = architecture.to_dict()
     return config
+
+
+def is_focus(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a Focus class: by what it has, since as remote code the class exists twice."""
+    return getattr(config, "focus_config", None) is not None
 
 
 def to_base(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a Focus config as the architecture's own class, with nothing of ours left."""
     config = copy.deepcopy(config)
     config.__class__ = type(config).base_class
-    del config.focus_config, config.focus_architecture
+    for name in ("focus_format", "focus_config", "focus_architecture", "auto_map"):
+        vars(config).pop(name, None)
     return config
+
+
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    """`FocusLlamaConfig` and the like, by name, as transformers looks up classes of remote code."""
+    base = getattr(transformers, name.removeprefix("Focus"), None) if name.startswith("Focus") else None
+    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+        return focus_config_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
@@ -15,28 +16,35 @@ from transformers.conversion_mapping import (
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architecture import Architecture, find_architecture
+from .auto_classes import PREPROCESSORS, auto_models
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
-from .focus_configs import MODEL_TYPE_PREFIX, FocusConfigMixin, focus_config_class, to_focus
-from .interface import focus_name, global_name
+from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus
+from .interface import focus_name, global_name, register_interface
 from .recording import FocusRecord, observe
 from .refiner import Refiner
 from .sites import Site, build_branches, install, plan
 from .span import AdaptiveSpan, Predictor
+
+# Loaded as remote code, nothing but this module is imported
+register_interface()
 
 
 class FocusMixin:
     """What FocusA adds to a model class: it builds the branches, initialises, loads and saves them."""
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
-        if not isinstance(config, FocusConfigMixin):
+        if not is_focus(config):
             config = to_focus(config, FocusConfig(), find_architecture(config.model_type))
+        # Some heads make their inner model through AutoModel
+        register_models(type(config))
         super().__init__(config, *inputs, **kwargs)
         focus_config, architecture = read_patch(config)
         config.focus_architecture = architecture.to_dict()
         sites = plan(self, focus_config, architecture)
-        install(sites, build_branches(sites, focus_config, torch.get_default_dtype()))
+        empty = [site for site in sites if not hasattr(site.module, "focus")]
+        install(empty, build_branches(empty, focus_config, torch.get_default_dtype()))
         adopt(self, sites, focus_config, architecture)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,6 +102,15 @@ class FocusMixin:
             raise RuntimeError(f"Weights of other shapes than the model's, see ignore_mismatched_sizes: {names}")
         return (model, info) if want_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers'. The folder also gets the code that reads it, for `trust_remote_code=True`."""
+        here = __name__.rpartition(".")[2]
+        self.config.auto_map = {
+            auto_class.__name__: f"{here}.Focus{models[0].__name__}"
+            for auto_class, models in auto_models(type(self.config).base_class)
+        }
+        super().save_pretrained(*args, **kwargs)
+
     def _with_span_penalty(self, weight: float, *args: Any, **kwargs: Any) -> Any:
         spans: list[Tensor] = []
 
@@ -144,6 +161,9 @@ def focus_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     }
     if base.config_class is not None:
         members["config_class"] = focus_config_class(base.config_class)
+        autos = [auto.__name__ for auto, models in auto_models(base.config_class) if models[0] is base]
+        # The saved model carries the code that reads it
+        members["_auto_class"] = autos[0] if autos else "AutoModel"
     if "labels" in inspect.signature(base.forward).parameters:
         members["forward"] = _forward_with_penalty(base)
     _share_conversions(f"Focus{base.__name__}", base.__name__)
@@ -176,6 +196,19 @@ def _forward_with_penalty(base: type[PreTrainedModel]) -> Any:
     return forward
 
 
+@cache
+def register_models(config_class: type[PreTrainedConfig]) -> None:
+    """Make every Auto class that has models for the base of a Focus config class have the Focus ones too."""
+    base = config_class.base_class
+    for auto_class, models in list(auto_models(base)):
+        focus_models = tuple(focus_model_class(model) for model in models)
+        value = focus_models if len(focus_models) > 1 else focus_models[0]
+        auto_class._model_mapping.register(config_class, value, exist_ok=True)
+    for mapping in PREPROCESSORS:
+        if base in mapping:
+            mapping.register(config_class, mapping[base], exist_ok=True)
+
+
 def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture]:
     """The settings and the architecture saved in a Focus config.
 
@@ -204,7 +237,7 @@ def adopt(model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, 
     replaced = {
         id(holder.config): (holder.config, to_focus(holder.config, focus_config, architecture))
         for holder in holders
-        if not isinstance(holder.config, FocusConfigMixin)
+        if not is_focus(holder.config)
     }
     for holder in holders:
         holder.__class__ = focus_model_class(type(holder))
@@ -241,3 +274,11 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
             f"`focus_config` in config.json does not fit the weights beside it: {shown}. Accepted: the config.json"
             " that was saved with these weights, or weights without any of FocusA's."
         )
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """`FocusLlamaForCausalLM` and the like, by name, as transformers looks up classes of remote code."""
+    base = getattr(transformers, name.removeprefix("Focus"), None) if name.startswith("Focus") else None
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return focus_model_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -171,14 +171,18 @@ def test_factories_are_stable() -> None:
     assert type(apply_focus(TINY["llama"].build(), SETTINGS)) is model_class
 
 
-def test_pipeline(tmp_path: Path) -> None:
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer whose words are w1, w2, … with these numbers as ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"[PAD]": 0, **{f"w{i}": i for i in range(1, 99)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[PAD]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
-    fast.save_pretrained(tmp_path)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    word_tokenizer().save_pretrained(tmp_path)
     patched("llama").save_pretrained(tmp_path)
     generator = pipeline("text-generation", model=str(tmp_path))
     assert type(generator.model).__name__ == "FocusLlamaForCausalLM"
