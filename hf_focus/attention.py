@@ -8,7 +8,7 @@ from torch import Tensor
 from .blocked import focus_blocked
 from .errors import FocusConfigError, bad_value
 from .masks import gather_reach
-from .problem import FocusOutput, FocusProblem
+from .problem import FocusOutput, FocusProblem, without_autocast
 from .reference import focus_reference
 
 BACKENDS: dict[str, Callable[[FocusProblem], FocusOutput]] = {
@@ -117,4 +117,5 @@ def focus_attention(
         coverage_threshold=coverage_threshold,
         need_statistics=need_statistics,
     )
-    return BACKENDS[backend](problem)
+    with without_autocast(query):
+        return BACKENDS[backend](problem)

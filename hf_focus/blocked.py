@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import FocusError
 from .iteration import feed_back, has_converged
 from .problem import FocusOutput, FocusProblem
 
@@ -190,6 +191,8 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FocusError("The blocked backend has no second derivative (create_graph=True); 'reference' has.")
         *tensors, mask = ctx.saved_tensors
         names = FocusProblem.TENSORS
         problem = _unchecked(ctx.settings, **dict(zip(names, tensors, strict=True)), attention_mask=mask)

@@ -10,6 +10,7 @@ from .attention import focus_attention
 from .configuration import FocusConfig
 from .masks import count_visible, gather_reach, own_key_visible
 from .pooling import pool_global
+from .problem import without_autocast
 from .recording import FocusRecord, is_observed, notify
 from .refiner import Refiner
 from .span import AdaptiveSpan, Predictor, count_in_span
@@ -76,13 +77,14 @@ class FocusBranch(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, global_output: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The layer's output (B, T, H, Dv): `attend`, whose arguments it takes, joined with `global_output`."""
-        local = self.attend(query, key, value, global_output, *args, **kwargs).transpose(1, 2)
-        weight, local = self.join.to(global_output.dtype), local.to(global_output.dtype)
-        if self.config.combine == "per_head":
-            both = torch.cat([local, global_output], dim=-1)
-            return global_output + torch.einsum("bthv,hvw->bthw", both, weight)
-        both = torch.cat([local.flatten(2), global_output.flatten(2)], dim=-1)
-        return global_output + (both @ weight).view_as(global_output)
+        with without_autocast(query):
+            local = self.attend(query, key, value, global_output, *args, **kwargs).transpose(1, 2)
+            weight, local = self.join.to(global_output.dtype), local.to(global_output.dtype)
+            if self.config.combine == "per_head":
+                both = torch.cat([local, global_output], dim=-1)
+                return global_output + torch.einsum("bthv,hvw->bthw", both, weight)
+            both = torch.cat([local.flatten(2), global_output.flatten(2)], dim=-1)
+            return global_output + (both @ weight).view_as(global_output)
 
     def attend(
         self,

@@ -1,5 +1,6 @@
 """What one call of focus attention is given, checked once, and what it gives back."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from .errors import FocusConfigError, bad_value
 from .iteration import FEEDBACKS, STOPS
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Every precision here is chosen; autocast would also choose differently in forward and backward."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class FocusOutput(NamedTuple):

@@ -118,7 +118,8 @@ class Refiner(nn.Module):
         self.table.add_((self.alpha * errors / counts.clamp_min(1)).view_as(self.table))
         if features is not None:
             self._update_statistics(*sums[2 * size : -1].view(2, NUM_FEATURES), sums[-1])
-        self.num_updates.add_(1)
+        # A step that saw nothing but padding is none
+        self.num_updates.add_(counts.sum() > 0)
 
     def _update_statistics(self, total: Tensor, squares: Tensor, count: Tensor) -> None:
         mean = total / count.clamp_min(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_focus import FocusOutput, focus_attention
 from hf_focus.blocked import focus_blocked
-from hf_focus.errors import FocusConfigError
+from hf_focus.errors import FocusConfigError, FocusError
 
 BACKENDS = ("reference", "blocked")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -610,3 +610,23 @@ def test_bad_arguments(name: str, value: Any) -> None:
         focus_attention(**arguments)
     assert f"`{name}` got {shown!r}" in str(error.value)
     assert "accepted" in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 30, 8, generator=generator, requires_grad=True) for _ in range(3))
+    span = torch.full((1, 2, 30), 6.0)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = focus_attention(query, key, value, span, max_span=8, ramp=2, backend=backend).output
+        results.append((output, *torch.autograd.grad(output.sum(), (query, key, value))))
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*results, strict=True))
+
+
+def test_blocked_refuses_a_second_derivative() -> None:
+    query = torch.randn(1, 1, 6, 4, requires_grad=True)
+    output = focus_attention(query, query, query, torch.full((1, 1, 6), 3.0), max_span=4, ramp=2, backend="blocked")
+    with pytest.raises(FocusError, match="second derivative"):
+        torch.autograd.grad(output.output.sum(), query, create_graph=True)

@@ -319,3 +319,13 @@ def test_it_learns_what_comes_later() -> None:
             refiner.update(state, action, reward, torch.maximum(state, action))
         chosen[gamma] = refiner.eval().choose_action(torch.tensor([0])).item()
     assert chosen == {0.0: 0, 0.9: 1}
+
+
+def test_a_step_without_tokens_is_none() -> None:
+    refiner = Refiner()
+    nothing = {"state": torch.zeros(1, 4, dtype=torch.long), "action": torch.zeros(1, 4, dtype=torch.long)}
+    features = torch.full((1, 4, 4), 10.0)
+    for valid in (torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)):
+        refiner.update(**nothing, reward=torch.ones(1, 4), next_state=nothing["state"], features=features, valid=valid)
+    assert refiner.num_updates.item() == 1
+    torch.testing.assert_close(refiner.mean, torch.full((4,), 10.0))

@@ -103,15 +103,16 @@ def test_predictor_starts_at_its_initial_span(initial: float, outputs: int) -> N
 def test_predictor(dtype: torch.dtype) -> None:
     predictor = Predictor(8, 3).to(dtype)
     torch.nn.init.normal_(predictor.linear.weight)
-    x = torch.randn(2, 5, 8, dtype=dtype)
+    x = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
     span = predictor(x)
     assert span.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     weight, bias = predictor.linear.weight.double(), predictor.linear.bias.double()
     expected = torch.sigmoid(x.double() @ weight.T + bias).transpose(1, 2)
     torch.testing.assert_close(span.double(), expected, rtol=1e-5, atol=1e-5)
     span.sum().backward()
-    for parameter in predictor.parameters():
-        assert parameter.grad.abs().min() > 0
+    # The model learns too to say how far to look
+    for tensor in (x, *predictor.parameters()):
+        assert tensor.grad.abs().min() > 0
 
 
 def test_predictor_learns_from_its_start() -> None:
