@@ -1,8 +1,13 @@
 """FocusA attention for Hugging Face transformers."""
 
-from .architecture import Architecture, register_architecture, supported_architectures
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from .architecture import Architecture, supported_architectures
 from .attention import focus_attention
 from .configuration import FocusConfig
+from .errors import FocusError
 from .focus_configs import focus_config_class
 from .layer import FocusA
 from .modeling import focus_model_class
@@ -11,12 +16,29 @@ from .patching import apply_focus, remove_focus
 from .problem import FocusOutput
 from .recording import FocusRecord, record_focus
 from .refiner import Refiner
-from .registration import register_all
+from .registration import register_all, register_architecture
 from .span import AdaptiveSpan, Predictor
 
-for _architecture in DECLARATIONS:
-    register_architecture(_architecture)
-register_all()
+register_all(DECLARATIONS)
+
+# PEFT is optional, and finds an adapter's type only among those registered: with it installed they always are
+with suppress(ImportError):
+    import_module(".adapter_lora", __name__)
+
+_ADAPTER_CLASSES = {
+    "FocusAdapterConfig": "adapter_config",
+    "FocusAdapterModel": "adapter_model",
+    "FocusLoraConfig": "adapter_lora",
+    "FocusLoraModel": "adapter_lora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ADAPTER_CLASSES:
+        # Without PEFT this is the ImportError that says so
+        return getattr(import_module(f".{_ADAPTER_CLASSES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -25,6 +47,7 @@ __all__ = [
     "Architecture",
     "FocusA",
     "FocusConfig",
+    "FocusError",
     "FocusOutput",
     "FocusRecord",
     "Predictor",

@@ -35,6 +35,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         names = [self.attention] if isinstance(self.attention, str) else self.attention
+        for name in ("num_heads", "head_dim", "value_head_dim"):
+            if not isinstance(getattr(self, name), str | None):
+                raise FocusConfigError(bad_value(name, getattr(self, name), "None or the name of an attribute"))
         if not isinstance(self.model_type, str) or not self.model_type:
             raise FocusConfigError(bad_value("model_type", self.model_type, "a non-empty string"))
         if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
@@ -68,12 +71,8 @@ class Architecture:
 _ARCHITECTURES: dict[str, Architecture] = {}
 
 
-def register_architecture(architecture: Architecture | str, **settings: Any) -> Architecture:
-    """Declare an architecture, so that `apply_focus` and `from_pretrained` know it.
-
-    ```python
-    register_architecture("my_model", attention="MyAttention")
-    ```
+def declare(architecture: Architecture | str, **settings: Any) -> Architecture:
+    """Enter an architecture into the registry.
 
     Args:
         architecture: an `Architecture`, or a model type with the rest as keywords.

@@ -55,8 +55,7 @@ def _band(problem: FocusProblem, block: _Block) -> FocusProblem:
     names = (*problem.TENSORS, "attention_mask")
     parts = {name: block.of(name, getattr(problem, name)) for name in names}
     # From here on positions count from the band's first key
-    part = _unchecked(problem, **parts, query_offset=problem.query_offset + block.start - block.first)
-    return part
+    return _unchecked(problem, **parts, query_offset=problem.query_offset + block.start - block.first)
 
 
 def _unchecked(problem: FocusProblem, **changes: Any) -> FocusProblem:
@@ -152,7 +151,8 @@ def _solve_all(problem: FocusProblem, size: int) -> list[Tensor | None]:
 def _any(flags: Tensor) -> bool:
     """Whether any flag is set, where reading that is free: on a CPU outside of compiled graphs. Elsewhere True, since
     the host would wait for the device."""
-    return flags.device.type != "cpu" or torch.compiler.is_compiling() or bool(flags.any())
+    free = flags.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return not free or bool(flags.any())
 
 
 class _LogSpanMask(torch.autograd.Function):

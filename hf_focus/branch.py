@@ -9,6 +9,7 @@ from transformers import initialization as init
 from .attention import focus_attention
 from .configuration import FocusConfig
 from .masks import count_visible, gather_reach, own_key_visible
+from .penalty import note_mean_span
 from .pooling import pool_global
 from .problem import without_autocast
 from .recording import FocusRecord, is_observed, notify
@@ -129,18 +130,18 @@ class FocusBranch(nn.Module):
         pooled = pool_global(global_output, attention_mask, config.span_granularity, config.window_size)
         predicted = self.predictor(pooled.flatten(2))
         scale, action, own = predicted, None, None
+        # With a frozen predictor, as in LoRA training of the base, the table stays too: it would not be saved
+        learning = self.refiner is not None and self.training and self.predictor.weight.requires_grad
         if self.refiner is not None:
             with torch.no_grad():
                 own_kv = (x[:, :, query_offset : query_offset + length] for x in (key, value))
                 own = _own_statistics(query, *own_kv, query.shape[-1] ** -0.5 if scaling is None else scaling)
                 features = self._features(predicted, num_visible, global_output.transpose(1, 2), *own)
-                state = self.refiner.discretize(features)
-                action = self.refiner.choose_action(state)
+                state, action = self.refiner(features, explore=learning)
                 factor = self.refiner.action_to_span_scale(action)
             scale = (predicted * factor).clamp(0, 1)
 
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
-        learning = self.refiner is not None and self.training
         local = focus_attention(
             query,
             key,
@@ -187,7 +188,10 @@ class FocusBranch(nn.Module):
                 features=features,
                 valid=learn_from,
             )
+        if config.span_penalty and self.training and not torch.compiler.is_compiling():
+            note_mean_span(scale, valid, self.predictor.weight.requires_grad)
         if is_observed():
+            span = span.clamp(max=max_span)
             notify(
                 self,
                 FocusRecord(span, scale, local.entropy, local.coverage, local.iterations, action, valid),

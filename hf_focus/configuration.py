@@ -42,7 +42,7 @@ _BOOL = _Rule("True or False", lambda value: isinstance(value, bool))
 _NON_NEGATIVE = _number("a number >= 0", lambda value: value >= 0)
 _FRACTION = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _LAYERS = _Rule(
-    "None (all layers) or a non-empty list of different ints >= 0",
+    "a non-empty list of different ints >= 0",
     lambda value: (
         isinstance(value, list)
         and bool(value)

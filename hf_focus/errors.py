@@ -37,6 +37,10 @@ class FocusResumeError(FocusError, ValueError):
     """A folder to resume from is no checkpoint, or belongs to another run."""
 
 
+class FocusHubError(FocusError, OSError):
+    """The Hub cannot be reached, refuses the request, or holds under that name what it should not."""
+
+
 def bad_value(argument: str, value: object, accepted: str) -> str:
     """The one form of every message on a bad value: what, what was received, what is accepted."""
     return f"`{argument}` got {value!r}; accepted: {accepted}."

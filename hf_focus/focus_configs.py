@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from .architecture import Architecture
 from .configuration import FocusConfig
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
+from .interface import global_name
 
 MODEL_TYPE_PREFIX = "focus_"
 # Of what is saved: raised when older code could not read it rightly
@@ -38,6 +39,12 @@ class FocusConfigMixin:
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made on demand: what pickles is how to make it
         return _unpickled, (self.base_class,), self.__dict__
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        # What a live model had before it was patched is of no use to a saved one
+        values.pop("focus_replaced_attention", None)
+        return values
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -123,8 +130,13 @@ def is_focus(config: PreTrainedConfig) -> bool:
 def to_base(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of a Focus config as the architecture's own class, with nothing of ours left."""
     config = copy.deepcopy(config)
+    attention = global_name(config._attn_implementation)
+    if attention == config.focus_config["global_attn_implementation"]:
+        # It was FocusA's choice, not the model's
+        attention = getattr(config, "focus_replaced_attention", attention)
     config.__class__ = type(config).base_class
-    for name in ("focus_format", "focus_config", "focus_architecture", "auto_map"):
+    config._attn_implementation_internal = attention
+    for name in ("focus_format", "focus_config", "focus_architecture", "focus_replaced_attention", "auto_map"):
         vars(config).pop(name, None)
     return config
 

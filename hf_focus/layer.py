@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
-from .masks import is_visible, limit_distance
+from .masks import limit_distance
 from .refiner import Refiner
 
 
@@ -38,8 +38,9 @@ class GlobalAttention(nn.Module):
         query, key, value = (split_heads(part(x), self.heads) for part in (self.query, self.key, self.value))
         length = x.shape[1]
         if self.max_dist is not None and self.max_dist < length:
+            dtype = torch.bool if attention_mask is None else attention_mask.dtype
             attention_mask = limit_distance(
-                attention_mask, length, length, 0, is_causal, self.max_dist, self.sink_tokens, torch.bool, x.device
+                attention_mask, length, length, 0, is_causal, self.max_dist, self.sink_tokens, dtype, x.device
             )
         output = scaled_dot_product_attention(
             query, key, value, attention_mask, is_causal=is_causal and attention_mask is None
@@ -134,9 +135,10 @@ class FocusA(nn.Module):
         Returns:
             (B, T, dims).
         """
-        length = x.shape[1]
+        if x.ndim != 3 or x.shape[2] != self.projection.out_features:
+            raise FocusConfigError(bad_value("x", tuple(x.shape), f"(B, T, {self.projection.out_features})"))
         if attention_mask is not None:
-            attention_mask = self._full_mask(attention_mask, length)
+            attention_mask = self._full_mask(attention_mask, x)
         local = split_heads(self.ln_a(x), self.heads)
         globe = self.attn_global(self.ln_b(x), attention_mask, self.is_causal)
         output = self.focus.attend(
@@ -144,12 +146,20 @@ class FocusA(nn.Module):
         )
         return self.projection(torch.cat([output.transpose(1, 2).flatten(2), globe], dim=-1))
 
-    def _full_mask(self, mask: Tensor, length: int) -> Tensor:
-        mask = mask[:, None, None].bool() if mask.ndim == 2 else is_visible(mask)
+    def _full_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        full = (batch, self.heads, length, length)
+        if mask.shape == (batch, length):
+            mask = mask[:, None, None].bool()
+        elif mask.ndim != 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
+            raise FocusConfigError(bad_value("attention_mask", tuple(mask.shape), f"{full[:1] + full[2:3]} or {full}"))
+        elif not mask.is_floating_point():
+            mask = mask.bool()
         mask = mask.expand(-1, -1, length, length)
-        return (
-            mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() if self.is_causal else mask
-        )
+        if not self.is_causal:
+            return mask
+        past = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, torch.finfo(mask.dtype).min)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

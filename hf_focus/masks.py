@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+# Additive masks say "never" in many ways: the dtype's most negative number, -inf, -1e9, -1e4
+HIDDEN = -5e3
+
 
 def is_visible(mask: Tensor) -> Tensor:
     """An attention mask, bool or additive, as bool: True where a key may be seen."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def find_query_offset(attention_mask: Tensor | None, length: int, num_keys: int, is_causal: bool) -> int | Tensor:

@@ -1,13 +1,12 @@
 """Model classes of patched architectures: `FocusLlamaForCausalLM(LlamaForCausalLM)`, made on demand for any class."""
 
-import functools
-import inspect
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -22,7 +21,7 @@ from .configuration import FocusConfig
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
 from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus
 from .interface import focus_name, global_name, register_interface
-from .recording import FocusRecord, observe
+from .penalty import with_span_penalty
 from .refiner import Refiner
 from .sites import Site, build_branches, install, plan
 from .span import AdaptiveSpan, Predictor
@@ -43,9 +42,10 @@ class FocusMixin:
         focus_config, architecture = read_patch(config)
         config.focus_architecture = architecture.to_dict()
         sites = plan(self, focus_config, architecture)
+        adoption = plan_adoption(self, sites, focus_config, architecture)
         empty = [site for site in sites if not hasattr(site.module, "focus")]
         install(empty, build_branches(empty, focus_config, torch.get_default_dtype()))
-        adopt(self, sites, focus_config, architecture)
+        adopt(self, adoption)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made on demand: what pickles is how to make it
@@ -111,29 +111,6 @@ class FocusMixin:
         }
         super().save_pretrained(*args, **kwargs)
 
-    def _with_span_penalty(self, weight: float, *args: Any, **kwargs: Any) -> Any:
-        spans: list[Tensor] = []
-
-        def keep(branch: FocusBranch, record: FocusRecord) -> None:
-            valid = record.valid[:, None].expand_as(record.span_fraction)
-            spans.append((record.span_fraction * valid).sum() / valid.sum().clamp_min(1))
-            if (
-                torch.is_grad_enabled()
-                and branch.predictor.linear.weight.requires_grad
-                and not spans[-1].requires_grad
-            ):
-                accepted = "0 with reentrant gradient checkpointing; use_reentrant=False allows it"
-                raise FocusConfigError(bad_value("span_penalty", weight, accepted))
-
-        with observe(keep):
-            outputs = super().forward(*args, **kwargs)
-        if isinstance(outputs, tuple):
-            loss, *rest = outputs
-            return (loss + weight * torch.stack(spans).mean(), *rest)
-        if outputs.loss is not None:
-            outputs["loss"] = outputs.loss + weight * torch.stack(spans).mean()
-        return outputs
-
 
 @cache
 def focus_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -158,14 +135,13 @@ def focus_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__module__": __name__,
         "__doc__": f"`{base.__name__}` with FocusA attention.",
         "base_class": base,
+        "forward": with_span_penalty(base.forward),
     }
     if base.config_class is not None:
         members["config_class"] = focus_config_class(base.config_class)
         autos = [auto.__name__ for auto, models in auto_models(base.config_class) if models[0] is base]
         # The saved model carries the code that reads it
         members["_auto_class"] = autos[0] if autos else "AutoModel"
-    if "labels" in inspect.signature(base.forward).parameters:
-        members["forward"] = _forward_with_penalty(base)
     _share_conversions(f"Focus{base.__name__}", base.__name__)
     if base.config_class is not None:
         _share_conversions(MODEL_TYPE_PREFIX + base.config_class.model_type, base.config_class.model_type)
@@ -182,18 +158,6 @@ def _share_conversions(new: str, base: str) -> None:
     mapping = get_checkpoint_conversion_mapping(base)
     if mapping is not None:
         register_checkpoint_conversion_mapping(new, mapping, overwrite=True)
-
-
-def _forward_with_penalty(base: type[PreTrainedModel]) -> Any:
-    # Trainer and generate read the signature, which `wraps` keeps
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weight = self.config.focus_config["span_penalty"]
-        if weight and self.training and kwargs.get("labels") is not None:
-            return self._with_span_penalty(weight, *args, **kwargs)
-        return base.forward(self, *args, **kwargs)
-
-    return forward
 
 
 @cache
@@ -223,10 +187,23 @@ def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture]:
     return FocusConfig.from_dict(config.focus_config), architecture
 
 
-def adopt(model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, architecture: Architecture) -> None:
-    """Give `model`, and every inner model that holds a patched layer, their Focus class and config.
+@dataclass(frozen=True)
+class Adoption:
+    """The models within a model that become Focus models, and their new configs, by the id of the old one."""
 
-    Configs are replaced by copies throughout the model, since another model may share the old ones.
+    holders: list[PreTrainedModel]
+    configs: dict[int, PreTrainedConfig]
+
+
+def plan_adoption(
+    model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, architecture: Architecture
+) -> Adoption:
+    """What `adopt` will do to `model` and to every inner model that holds a patched layer. Changes nothing.
+
+    Configs are replaced by copies, since another model may share the old ones.
+
+    Raises:
+        FocusConfigError: the attention of one of them cannot be wrapped.
     """
     holders = [
         module
@@ -234,21 +211,27 @@ def adopt(model: PreTrainedModel, sites: list[Site], focus_config: FocusConfig, 
         if isinstance(module, PreTrainedModel)
         and any(f"{site.path}.".startswith(f"{path}." if path else "") for site in sites)
     ]
-    replaced = {
-        id(holder.config): (holder.config, to_focus(holder.config, focus_config, architecture))
-        for holder in holders
-        if not is_focus(holder.config)
-    }
+    configs = {}
     for holder in holders:
+        old = holder.config
+        if not is_focus(old) and id(old) not in configs:
+            new = to_focus(old, focus_config, architecture)
+            wanted = focus_config.global_attn_implementation or old._attn_implementation
+            new._attn_implementation_internal = focus_name(wanted)
+            new.focus_replaced_attention = old._attn_implementation
+            configs[id(old)] = new
+        focus_model_class(type(holder))
+    return Adoption(holders, configs)
+
+
+def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
+    """Give the models of a plan their Focus classes and configs."""
+    for holder in adoption.holders:
         holder.__class__ = focus_model_class(type(holder))
         # transformers looks up by the class's name what a model can return besides its output (hidden states, …);
         # its registry took the name itself as key before 5.23, and the model since
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(holder)), holder._can_record_outputs)
-    for old, new in replaced.values():
-        new._attn_implementation_internal = focus_name(
-            focus_config.global_attn_implementation or old._attn_implementation
-        )
-    repoint(model, {key: new for key, (_, new) in replaced.items()})
+    repoint(model, adoption.configs)
 
 
 def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
@@ -262,7 +245,9 @@ def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     ours = {name for name in model.state_dict() if ".focus." in name}
     missing = ours & set(info["missing_keys"])
-    unexpected = {name for name in info["unexpected_keys"] if ".focus." in name}
+    # Weights of a part that this model does not have at all are not ours to miss: an encoder without its decoder
+    layers = {name for name, _ in model.named_modules()}
+    unexpected = {n for n in info["unexpected_keys"] if ".focus." in n and n.partition(".focus.")[0] in layers}
     mismatched = {entry[0] for entry in info["mismatched_keys"]} & ours
     # With none of them present it is a plain checkpoint
     if unexpected or mismatched or (missing and missing != ours):

@@ -9,9 +9,8 @@ from .architecture import find_architecture
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_value
-from .focus_configs import FocusConfigMixin, to_base
-from .interface import focus_name, global_name
-from .modeling import FocusMixin, adopt, focus_model_class, repoint
+from .focus_configs import to_base
+from .modeling import FocusMixin, adopt, plan_adoption, repoint
 from .sites import build_branches, install, plan
 
 
@@ -44,15 +43,17 @@ def apply_focus(
         raise AlreadyPatchedError(
             bad_value("model", type(model).__name__, "a model without FocusA; remove_focus(model) takes it off")
         )
+    if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(p.is_meta for p in model.parameters()):
+        accepted = "a model whose weights are in memory; patch before offloading it"
+        raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
     config = FocusConfig.build(config, **settings)
     architecture = find_architecture(model.config.model_type)
     sites = plan(model, config, architecture)
     # Everything that can fail comes before the first change
-    focus_name(config.global_attn_implementation or model.config._attn_implementation)
-    focus_model_class(type(model))
+    adoption = plan_adoption(model, sites, config, architecture)
     branches = build_branches(sites, config, model.dtype)
     install(sites, branches)
-    adopt(model, sites, config, architecture)
+    adopt(model, adoption)
     return model
 
 
@@ -68,15 +69,17 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, FocusMixin):
         raise NotPatchedError(bad_value("model", type(model).__name__, "a model patched with FocusA"))
     for path in _branches(model):
+        if path.rpartition(".")[2] != "focus":
+            accepted = f"a model that PEFT does not wrap; `{path}` is wrapped, unload the adapter first"
+            raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
+    for path in _branches(model):
         delattr(model.get_submodule(path.rpartition(".")[0]), "focus")
     configs = {}
     for module in model.modules():
         if isinstance(module, FocusMixin):
             module.__class__ = type(module).base_class
-            if isinstance(module.config, FocusConfigMixin) and id(module.config) not in configs:
-                base = to_base(module.config)
-                base._attn_implementation_internal = global_name(base._attn_implementation)
-                configs[id(module.config)] = base
+            if id(module.config) not in configs:
+                configs[id(module.config)] = to_base(module.config)
     repoint(model, configs)
     return model
 

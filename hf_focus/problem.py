@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import FocusConfigError, bad_value
 from .iteration import FEEDBACKS, STOPS
+from .masks import is_visible
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -80,6 +81,8 @@ class FocusProblem:
     def __post_init__(self) -> None:
         if self.query.ndim != 4:
             raise FocusConfigError(bad_value("query", tuple(self.query.shape), "(B, H, T, D)"))
+        if not self.query.is_floating_point():
+            raise FocusConfigError(bad_value("query", self.query.dtype, "a floating dtype"))
         batch, heads, length, head_dim = self.query.shape
         fits = self.key.ndim == 4 and self.key.shape[0] == batch and self.key.shape[3] == head_dim
         if not fits or heads % max(self.key.shape[1], 1):
@@ -123,10 +126,9 @@ class FocusProblem:
 
     def additive_mask(self, mask: Tensor) -> Tensor:
         """A part of the attention mask as what is added to the scores: −inf where a key may not be seen."""
-        if mask.dtype == torch.bool:
-            return torch.zeros_like(mask, dtype=self.compute_dtype).masked_fill(~mask, float("-inf"))
-        # Models write "never" as the most negative finite number of their dtype
-        return mask.to(self.compute_dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+        visible = is_visible(mask)
+        added = torch.zeros_like(mask, dtype=self.compute_dtype) if mask is visible else mask.to(self.compute_dtype)
+        return added.masked_fill(~visible, float("-inf"))
 
 
 # Dimensions that may be 1 and then hold for all

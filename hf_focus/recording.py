@@ -59,6 +59,9 @@ def is_observed() -> bool:
 
 
 def notify(branch: nn.Module, record: FocusRecord) -> None:
+    # Gradient checkpointing calls a layer again inside the backward pass; that is the same call
+    if torch._C._current_graph_task_id() != -1:
+        return
     for observer in _OBSERVERS.get():
         observer(branch, record)
 
@@ -88,7 +91,12 @@ def record_focus(model: nn.Module) -> Iterator[FocusRecords]:
     """
     from .branch import FocusBranch
 
-    names = {id(m): name.removesuffix(".focus") for name, m in model.named_modules() if isinstance(m, FocusBranch)}
+    # PEFT's modules_to_save holds two branches behind one name
+    names = {
+        id(module): path[: path.rfind("focus")].rstrip(".") or path
+        for path, module in model.named_modules()
+        if isinstance(module, FocusBranch)
+    }
     if not names:
         raise NotPatchedError(f"`model` got {type(model).__name__}; accepted: a model with FocusA layers.")
     records = FocusRecords({name: [] for name in names.values()})

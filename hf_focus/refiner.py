@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, is_available, is_initialized
 from transformers import initialization as init
 
+from .errors import FocusConfigError, bad_value
+
 NUM_FEATURES = 4
 NUM_BINS = 10
-# Of a feature normalised to mean 0 and variance 1
-BIN_EDGES = tuple(-2 + 4 * i / (NUM_BINS - 2) for i in range(NUM_BINS - 1))
+# Bins of a feature normalised to mean 0 and variance 1: eight of this width around 0, two open ones
+BIN_WIDTH = 0.5
 # Running statistics average all that was seen until this weight, then forget slowly
 LEAST_MOMENTUM = 0.01
 
@@ -20,8 +22,11 @@ class Refiner(nn.Module):
     """Q-learning over 10 bins of 4 statistics (10⁴ states) and A span corrections.
 
     The forward pass only reads; the table moves once a backward pass (`learn`), so that recomputation under gradient
-    checkpointing sees the table that the forward saw. Buffers, saved with the model and always in float32: `table`
-    (states, actions), `mean` and `variance` (4,) of the statistics; and `num_updates` (1,), int64.
+    checkpointing sees the table that the forward saw. With several processes every one must make the same number of
+    backward passes, as under DDP, because each ends in a sum over all of them.
+
+    Buffers, saved with the model and always in float32: `table` (states, actions), `mean` and `variance` (4,) of the
+    statistics; and `num_updates` (1,), int64.
 
     Args:
         states: rows of the table; 10 ** 4 for four statistics in ten bins.
@@ -40,6 +45,9 @@ class Refiner(nn.Module):
         epsilon: float = 0.1,
     ) -> None:
         super().__init__()
+        for name, value, low in (("states", states, 1), ("actions", actions, 2)):
+            if not isinstance(value, int) or value < low:
+                raise FocusConfigError(bad_value(name, value, f"an int >= {low}"))
         self.alpha = alpha
         self.gamma = gamma
         self.epsilon = epsilon
@@ -57,22 +65,28 @@ class Refiner(nn.Module):
         # `model.to(bfloat16)` would round every small step of the table away: follow the device, not the dtype
         return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device), recurse)
 
+    def forward(self, features: Tensor, explore: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Features (..., 4) -> states and actions (...), int64."""
+        state = self.discretize(features)
+        return state, self.choose_action(state, explore)
+
     def discretize(self, features: Tensor) -> Tensor:
         """Features (..., 4) -> state numbers (...) int64, by their place in the running statistics."""
         normal = (features.float() - self.mean) / self.variance.clamp_min(1e-12).sqrt()
-        bins = torch.bucketize(normal, normal.new_tensor(BIN_EDGES))
-        powers = bins.new_tensor([NUM_BINS**i for i in range(NUM_FEATURES)])
+        # Arithmetic, since a table of edges would be copied to the device at every call
+        bins = (normal / BIN_WIDTH + NUM_BINS / 2).floor().clamp(0, NUM_BINS - 1).long()
+        powers = NUM_BINS ** torch.arange(NUM_FEATURES, device=bins.device)
         return (bins * powers).sum(dim=-1) % self.table.shape[0]
 
-    def choose_action(self, state: Tensor) -> Tensor:
-        """Actions (...) int64: the best of the table, of equals the last (no correction); in training mode a random
-        one with probability epsilon."""
+    def choose_action(self, state: Tensor, explore: bool | None = None) -> Tensor:
+        """Actions (...) int64: the best of the table, of equals the last (no correction); when exploring (default: in
+        training mode) a random one with probability epsilon."""
         values = self.table[state]
         best = values.shape[-1] - 1 - values.flip(-1).argmax(dim=-1)
-        if not self.training or self.epsilon == 0:
+        if not (self.training if explore is None else explore) or self.epsilon == 0:
             return best
-        explore = torch.rand(state.shape, device=state.device) < self.epsilon
-        return torch.where(explore, torch.randint_like(best, values.shape[-1]), best)
+        at_random = torch.rand(state.shape, device=state.device) < self.epsilon
+        return torch.where(at_random, torch.randint_like(best, values.shape[-1]), best)
 
     def action_to_span_scale(self, action: Tensor) -> Tensor:
         """Action a -> factor a/(A − 1) in [0, 1], float32."""
@@ -100,8 +114,10 @@ class Refiner(nn.Module):
             valid: (...) bool: entries to learn from; None: all.
         """
         weight = torch.ones_like(reward, dtype=torch.float32) if valid is None else valid.float()
-        # A padded entry may be NaN, and NaN · 0 is NaN
         error = reward.float() + self.gamma * self.table[next_state].amax(dim=-1) - self.table[state, action]
+        # An overflow elsewhere in the model must not stay in the table for good; and NaN · 0 is NaN
+        usable = error.isfinite() if features is None else error.isfinite() & features.isfinite().all(dim=-1)
+        weight = weight * usable
         error = torch.where(weight > 0, error, 0)
         pair = (state * self.table.shape[1] + action).flatten()
         size = self.table.numel()

@@ -1,9 +1,12 @@
 """Registration with transformers' Auto classes, so that a Focus checkpoint loads as any other."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .architecture import supported_architectures
+from .architecture import Architecture, declare
 from .focus_configs import FocusConfigMixin, focus_config_class
 from .modeling import register_models
 
@@ -15,9 +18,28 @@ def register_config(model_type: str) -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
-def register_all() -> None:
-    """Register the configs of all supported architectures, and models as their configs come into use."""
+def register_architecture(architecture: Architecture | str, **settings: Any) -> Architecture:
+    """Declare an architecture, so that `apply_focus` and the Auto classes know it, in this process.
+
+    ```python
+    register_architecture("my_model", attention="MyAttention")
+    ```
+
+    Args:
+        architecture: an `Architecture`, or a model type with the rest as keywords.
+        settings: of the `Architecture`.
+
+    Raises:
+        FocusConfigError: a setting that is not accepted.
+    """
+    architecture = declare(architecture, **settings)
+    register_config(architecture.model_type)
+    return architecture
+
+
+def register_all(architectures: Iterable[Architecture]) -> None:
+    """Register the configs of these architectures, and models as their configs come into use."""
     # Importing the modeling files of every architecture now would take seconds
     FocusConfigMixin.on_create = register_models
-    for model_type in supported_architectures():
-        register_config(model_type)
+    for architecture in architectures:
+        register_architecture(architecture)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import initialization as init
 
+from .errors import FocusConfigError, bad_value
+
 
 class Predictor(nn.Module):
     """p = sigmoid(W·x + b) from the global branch's output (the seed's `Predictor`).
@@ -21,18 +23,22 @@ class Predictor(nn.Module):
 
     def __init__(self, dims: int, outputs: int = 1, initial: float = 0.5) -> None:
         super().__init__()
+        if not 0 < initial < 1:
+            raise FocusConfigError(bad_value("initial", initial, "a number strictly between 0 and 1"))
         self.initial = initial
-        self.linear = nn.Linear(dims, outputs)
+        # No nn.Linear, which PEFT, quantization and offloading would take hold of one by one
+        self.weight = nn.Parameter(torch.empty(outputs, dims))
+        self.bias = nn.Parameter(torch.empty(outputs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.zeros_(self.linear.weight)
-        init.constant_(self.linear.bias, math.log(self.initial / (1 - self.initial)))
+        init.zeros_(self.weight)
+        init.constant_(self.bias, math.log(self.initial / (1 - self.initial)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, dims) -> p (B, outputs, T) in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(x.to(dtype), self.linear.weight.to(dtype), self.linear.bias.to(dtype))
+        logits = linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
         return logits.sigmoid().transpose(1, 2)
 
 
@@ -60,6 +66,8 @@ class AdaptiveSpan(nn.Module):
         temp_scale: float = 0.01,
     ) -> None:
         super().__init__()
+        if temperature not in ("learned", "seed"):
+            raise FocusConfigError(bad_value("temperature", temperature, "'learned' or 'seed'"))
         self.max_span = max_span
         self.sharpen = sharpen
         self.temp_scale = temp_scale

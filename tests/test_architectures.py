@@ -148,6 +148,29 @@ def test_packed_is_separate(name: str) -> None:
     torch.testing.assert_close(packed, separate, **TOLERANCE)
 
 
+@pytest.mark.parametrize("never", [torch.finfo(torch.float32).min, float("-inf"), -1e9, -1e4])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_masks_of_ones_own(never: float, chunked: bool) -> None:
+    """A 4D mask hides the same keys in whatever way it says so, and a second chunk finds its place by it."""
+    model, ids = patched("llama"), tokens(1, LENGTH)
+    visible = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    visible[..., :3] = False
+    visible[:, :, :3, :3] = torch.eye(3, dtype=torch.bool)
+    positions = torch.arange(LENGTH)[None]
+    expected = logits(model, input_ids=ids, attention_mask=visible, position_ids=positions)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, never)
+    if not chunked:
+        result = logits(model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    else:
+        half = LENGTH // 2
+        with torch.no_grad():
+            first = model(input_ids=ids[:, :half], attention_mask=mask[:, :, :half, :half], use_cache=True)
+            cache = first.past_key_values
+            rest = model(input_ids=ids[:, half:], attention_mask=mask[:, :, half:], past_key_values=cache)
+        result = torch.cat([first.logits, rest.logits], dim=1)
+    torch.testing.assert_close(result, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static", "chunked", "beams", "static beams", "left padding"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_is_uncached(name: str, cache: str) -> None:

@@ -147,9 +147,7 @@ def test_a_span_a_head(per_head: bool, temperature: str) -> None:
         assert record.span.std(dim=1).min() > 0
 
 
-@pytest.mark.parametrize(
-    "part", ["predictor.linear.weight", "feedback_matrix", "mix", "log_gain", "span.coefficients"]
-)
+@pytest.mark.parametrize("part", ["predictor.weight", "feedback_matrix", "mix", "log_gain", "span.coefficients"])
 def test_weights_act(part: str) -> None:
     module = branch()
     before = run(module)
@@ -323,8 +321,8 @@ def test_never_queries_times_keys(granularity: str | None, mask: str) -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        "predictor.linear.weight",
-        "predictor.linear.bias",
+        "predictor.weight",
+        "predictor.bias",
         "span.coefficients",
         "feedback_matrix",
         "mix",
@@ -385,7 +383,7 @@ def test_refiner_learns() -> None:
     module = branch(**settings)
     module.refiner.table.zero_()
     module.predictor.reset_parameters()
-    module.predictor.linear.bias.data.fill_(3.0)
+    module.predictor.bias.data.fill_(3.0)
 
     def look(seed: int) -> tuple[float, float]:
         module.eval()
@@ -448,7 +446,7 @@ def test_refiner_learns_from_tokens_only() -> None:
 def layer(**settings: Any) -> FocusA:
     settings = {"max_span": 3, "ramp": 1, "is_causal": True, **settings}
     module = fill(FocusA(16, 4, **settings), std=0.4).eval()
-    nn.init.constant_(module.focus.predictor.linear.bias, 10)
+    nn.init.constant_(module.focus.predictor.bias, 10)
     return module
 
 
@@ -515,7 +513,7 @@ def test_span_penalty_shortens_the_span() -> None:
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
-        with record_focus(model) as records:
+        with record_focus(model) as records, torch.no_grad():
             model(input_ids=ids)
         spans[weight] = torch.stack([calls[0].span_fraction.mean() for calls in records.layers.values()])
     assert (spans[3.0] < spans[0.0] - 0.2).all()

@@ -105,7 +105,7 @@ def test_seed(sharpen: bool, iterations: int, max_span: int, max_dist: int) -> N
         max_iterations=iterations,
         base_threshold=0.0,
     )
-    module.focus.predictor.linear.bias.data.fill_(100.0)
+    module.focus.predictor.bias.data.fill_(100.0)
     if iterations > 1:
         module.focus.feedback_matrix.data.zero_()
     x = sequence()
@@ -120,7 +120,7 @@ def test_seed(sharpen: bool, iterations: int, max_span: int, max_dist: int) -> N
 def test_seeds_stop_of_a_single_token() -> None:
     """Where the seed's window holds one token, its stop rule is this one: the second attention changes nothing."""
     module = layer(refiner=False, max_span=LENGTH, base_threshold=1e-4)
-    module.focus.predictor.linear.bias.data.fill_(100.0)
+    module.focus.predictor.bias.data.fill_(100.0)
     module.focus.feedback_matrix.data.zero_()
     x, seed, records = sequence(1, 1), Seed(HEADS, LENGTH, LENGTH, True, 10), []
     local = module.ln_a(x)
@@ -140,7 +140,9 @@ def test_seeds_predictor_and_span() -> None:
     with observe(lambda _, record: records.append(record)):
         module(x)
     globe = module.attn_global(module.ln_b(x))
-    predicted = torch.sigmoid(module.focus.predictor.linear(globe.mean(dim=1)))
+    predicted = torch.sigmoid(
+        torch.nn.functional.linear(globe.mean(dim=1), module.focus.predictor.weight, module.focus.predictor.bias)
+    )
     torch.testing.assert_close(records[0].span_fraction, predicted[:, None].expand(2, 1, LENGTH), **CLOSE)
     torch.testing.assert_close(records[0].span, 6 * records[0].span_fraction)
     assert (records[0].action == 9).all()

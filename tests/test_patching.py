@@ -1,13 +1,21 @@
 """`apply_focus` and `remove_focus`: what they refuse, and that refusing changes nothing."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import SETTINGS, TINY, logits, make_inputs, patched, tokens
 from torch import nn
-from transformers import BartConfig, BloomConfig, BloomForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import hf_focus
 from hf_focus import FocusConfig, apply_focus, focus_model_class, record_focus, register_architecture, remove_focus
@@ -130,6 +138,76 @@ def test_patching_is_deterministic() -> None:
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+def test_inner_models_that_cannot_be_patched() -> None:
+    """T5's stacks have configs of their own: one of them must not be found out too late."""
+    model = TINY["t5"].build()
+    model.encoder.set_attn_implementation("flex_attention")
+    classes = {path: (type(module), set(vars(module))) for path, module in model.named_modules()}
+    with pytest.raises(FocusConfigError, match="flex_attention"):
+        apply_focus(model, SETTINGS)
+    assert classes == {path: (type(module), set(vars(module))) for path, module in model.named_modules()}
+    assert model.config.model_type == "t5"
+
+
+@pytest.mark.parametrize("had", ["sdpa", "eager"])
+@pytest.mark.parametrize("chosen", ["sdpa", "eager", None])
+def test_removal_restores_the_attention_that_was_replaced(had: str, chosen: str | None) -> None:
+    model = TINY["t5"].build(attn_implementation=had)
+    apply_focus(model, SETTINGS, global_attn_implementation=chosen)
+    assert model.config._attn_implementation == f"focus|{chosen or had}"
+    assert "focus_replaced_attention" not in model.config.to_dict()
+    remove_focus(model)
+    assert {module.config._attn_implementation for module in (model, model.encoder, model.decoder)} == {had}
+
+
+def test_patching_draws_no_random_numbers() -> None:
+    model = TINY["llama"].build()
+    state = torch.get_rng_state()
+    apply_focus(model, SETTINGS)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_offloaded_models() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = patched("llama"), logits(patched("llama"), input_ids=tokens())
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model, input_ids=tokens()), plain, rtol=0, atol=1e-6)
+    unpatched = TINY["llama"].build()
+    accelerate.cpu_offload(unpatched, execution_device="cpu")
+    with pytest.raises(FocusConfigError, match="patch before offloading"):
+        apply_focus(unpatched, SETTINGS)
+
+
+def test_lora_on_all_linear_layers_takes_only_the_bases() -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = patched("llama"), tokens()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert not any("focus" in name for name, _ in wrapped.named_parameters() if "lora" in name)
+    tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    wrapped.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in wrapped.named_parameters() if p.requires_grad)
+    # What is frozen is not saved: nothing of it may move
+    assert all(torch.equal(tables[name], buffer) for name, buffer in model.named_buffers())
+    before = logits(wrapped.eval(), input_ids=ids)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(logits(merged, input_ids=ids), before, rtol=0, atol=1e-5)
+
+
+def test_removal_under_a_peft_wrapper_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = patched("llama")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["focus"]))
+    with pytest.raises(FocusConfigError, match="unload the adapter first"):
+        remove_focus(model)
+    with record_focus(model) as records:
+        model(input_ids=tokens())
+    assert {name: len(calls) for name, calls in records.layers.items()} == {
+        "model.layers.0.self_attn": 1,
+        "model.layers.1.self_attn": 1,
+    }
+
+
 @pytest.fixture
 def architectures() -> Any:
     kept = dict(_ARCHITECTURES)
@@ -139,7 +217,7 @@ def architectures() -> Any:
 
 
 @pytest.mark.usefixtures("architectures")
-def test_registering_an_architecture() -> None:
+def test_registering_an_architecture(tmp_path: Path) -> None:
     from transformers import CohereConfig, CohereForCausalLM
 
     torch.manual_seed(0)
@@ -154,6 +232,8 @@ def test_registering_an_architecture() -> None:
     with record_focus(model) as records:
         torch.testing.assert_close(logits(model, input_ids=tokens()), before, rtol=0, atol=1e-5)
     assert len(records) == 2
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
 
 
 @pytest.mark.usefixtures("architectures")
@@ -163,6 +243,7 @@ def test_registering_an_architecture() -> None:
         ({}, FocusConfigError, "`attention` got None"),
         ({"attention": []}, FocusConfigError, r"`attention` got \[\]"),
         ({"attention": "A", "exclude": "("}, FocusConfigError, "`exclude` got"),
+        ({"attention": "A", "num_heads": 3}, FocusConfigError, "`num_heads` got 3"),
         ({"attention": "A", "heads": 3}, FocusConfigError, "`focus_architecture` got"),
     ],
 )

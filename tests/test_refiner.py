@@ -329,3 +329,16 @@ def test_a_step_without_tokens_is_none() -> None:
         refiner.update(**nothing, reward=torch.ones(1, 4), next_state=nothing["state"], features=features, valid=valid)
     assert refiner.num_updates.item() == 1
     torch.testing.assert_close(refiner.mean, torch.full((4,), 10.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_overflow_does_not_stay(bad: float) -> None:
+    refiner = Refiner()
+    state = torch.arange(4)[None]
+    reward, features = torch.ones(1, 4), torch.randn(1, 4, 4)
+    reward[0, 1], features[0, 2, 3] = bad, bad
+    action = torch.zeros_like(state)
+    refiner.update(state=state, action=action, reward=reward, next_state=state, features=features)
+    assert all(buffer.isfinite().all() for buffer in refiner.buffers())
+    assert (refiner.table[[0, 3], 0] > 0).all()
+    assert (refiner.table[[1, 2], 0] == 0).all()

@@ -156,6 +156,18 @@ def test_weights_of_ours_that_are_missing(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_part_of_a_model_loads_its_part(tmp_path: Path) -> None:
+    patched("bart").save_pretrained(tmp_path / "bart")
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "bart")
+    paths = [path for path, _ in decoder.named_modules() if path.endswith(".focus")]
+    assert len(paths) == 2
+    whole = patched("llama")
+    whole.save_pretrained(tmp_path / "llama")
+    shorter = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", num_hidden_layers=1)
+    assert len(shorter.model.layers) == 1
+    assert torch.equal(shorter.model.layers[0].self_attn.focus.join, whole.model.layers[0].self_attn.focus.join)
+
+
 @pytest.mark.parametrize("factory", [focus_model_class, focus_config_class])
 @pytest.mark.parametrize("base", [int, "LlamaForCausalLM", None])
 def test_factories_take_classes_only(factory: Any, base: Any) -> None:

@@ -102,11 +102,11 @@ def test_predictor_starts_at_its_initial_span(initial: float, outputs: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_predictor(dtype: torch.dtype) -> None:
     predictor = Predictor(8, 3).to(dtype)
-    torch.nn.init.normal_(predictor.linear.weight)
+    torch.nn.init.normal_(predictor.weight)
     x = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
     span = predictor(x)
     assert span.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    weight, bias = predictor.linear.weight.double(), predictor.linear.bias.double()
+    weight, bias = predictor.weight.double(), predictor.bias.double()
     expected = torch.sigmoid(x.double() @ weight.T + bias).transpose(1, 2)
     torch.testing.assert_close(span.double(), expected, rtol=1e-5, atol=1e-5)
     span.sum().backward()

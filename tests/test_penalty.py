@@ -1,0 +1,127 @@
+"""The span penalty in the loss of a model, in all the ways models are trained."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_architectures import no_dropout
+from tiny import SETTINGS, TINY, make_inputs, patched, tokens
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_focus import FocusConfig, apply_focus, record_focus
+from hf_focus.errors import FocusConfigError
+
+WEIGHT = 50.0
+
+
+def model_with(weight: float, name: str = "llama", **settings: Any) -> PreTrainedModel:
+    # No refiner: its random actions would move the span
+    return no_dropout(patched(name, FocusConfig.build(SETTINGS, span_penalty=weight, refiner=False, **settings)))
+
+
+def bias_gradients(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the gradient of every predictor's bias."""
+    loss = model(**inputs).loss
+    loss.backward()
+    biases = [p.grad for key, p in model.named_parameters() if key.endswith("predictor.bias")]
+    return loss.detach(), torch.stack(biases)
+
+
+def test_the_penalty_is_the_mean_span() -> None:
+    model, ids = model_with(WEIGHT), tokens()
+    with record_focus(model) as records:
+        loss = model(input_ids=ids, labels=ids).loss
+    spans = torch.stack([calls[0].span_fraction.mean() for calls in records.layers.values()])
+    plain = model_with(0.0)(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss - plain, WEIGHT * spans.mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "whisper"])
+def test_gradient_checkpointing_keeps_it(name: str) -> None:
+    inputs = make_inputs(name)
+    inputs["labels"] = inputs.pop("decoder_input_ids", inputs.get("input_ids"))
+    results = []
+    for checkpointing in (False, True):
+        model = model_with(WEIGHT, name)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append(bias_gradients(model, **inputs))
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
+    assert (results[0][1].abs() > 0.01).all()
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model, ids = model_with(WEIGHT), tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(FocusConfigError, match=r"`span_penalty` got .*use_reentrant=False"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_question_answering() -> None:
+    results = []
+    for weight in (0.0, WEIGHT):
+        torch.manual_seed(0)
+        config = TINY["bert"].build_config()
+        model = transformers.BertForQuestionAnswering(config)
+        apply_focus(model, FocusConfig.build(SETTINGS, span_penalty=weight, refiner=False))
+        start = torch.tensor([1, 2])
+        results.append(
+            bias_gradients(no_dropout(model), input_ids=tokens(), start_positions=start, end_positions=start + 3)
+        )
+    assert results[1][0] > results[0][0] + 1
+    assert (results[1][1].abs() > 0.01).all()
+
+
+@pytest.mark.parametrize("how", ["positional", "tuple"])
+def test_other_ways_to_call(how: str) -> None:
+    model, ids = model_with(WEIGHT), tokens()
+    expected = model(input_ids=ids, labels=ids).loss
+    if how == "tuple":
+        loss = model(input_ids=ids, labels=ids, return_dict=False)[0]
+    else:
+        loss = model(ids, None, None, None, None, ids).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_nothing_to_add_it_to_is_an_error() -> None:
+    model, ids = model_with(WEIGHT), tokens()
+    with pytest.raises(FocusConfigError, match="accepted: 0 where the model returns no loss"):
+        model(input_ids=ids)
+    with torch.no_grad():
+        model(input_ids=ids)
+    model.eval()(input_ids=ids)
+
+
+def test_compiled_models_refuse_it() -> None:
+    model, ids = model_with(WEIGHT), tokens()
+    with pytest.raises(Exception, match=r"0 under torch\.compile"):
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4)])
+def test_trainer_divides_it_as_it_divides_the_loss(batch: int, accumulation: int, tmp_path: Any) -> None:
+    model, rows = model_with(1000.0), tokens(8)
+    before = {key: p.detach().clone() for key, p in model.named_parameters() if key.endswith("predictor.bias")}
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model, args, train_dataset=data).train()
+    moved = torch.stack([p.detach() - before[key] for key, p in model.named_parameters() if key in before])
+    expected = model_with(1000.0)
+    _, gradient = bias_gradients(expected, input_ids=rows, labels=rows)
+    torch.testing.assert_close(moved, -1e-3 * gradient, rtol=1e-3, atol=1e-4)
