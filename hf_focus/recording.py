@@ -91,9 +91,9 @@ def record_focus(model: nn.Module) -> Iterator[FocusRecords]:
     """
     from .branch import FocusBranch
 
-    # PEFT's modules_to_save holds two branches behind one name
+    # PEFT holds several branches of a layer behind one name
     names = {
-        id(module): path[: path.rfind("focus")].rstrip(".") or path
+        id(module): path.partition(".focus")[0]
         for path, module in model.named_modules()
         if isinstance(module, FocusBranch)
     }
