@@ -25,18 +25,23 @@ register_all(DECLARATIONS)
 with suppress(ImportError):
     import_module(".adapter_lora", __name__)
 
-_ADAPTER_CLASSES = {
+# Public names that not every process needs, and the modules they are imported from when asked for
+_ON_DEMAND = {
     "FocusAdapterConfig": "adapter_config",
     "FocusAdapterModel": "adapter_model",
     "FocusLoraConfig": "adapter_lora",
     "FocusLoraModel": "adapter_lora",
+    "FocusTrainer": "trainer",
+    "finetune": "training",
+    "pull_folder": "sharing",
+    "push_folder": "sharing",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ADAPTER_CLASSES:
-        # Without PEFT this is the ImportError that says so
-        return getattr(import_module(f".{_ADAPTER_CLASSES[name]}", __name__), name)
+    if name in _ON_DEMAND:
+        # Without PEFT, for an adapter's class, this is the ImportError that says so
+        return getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -68,6 +68,7 @@ _RULES: dict[str, _Rule] = {
     "save_limit": _optional(_COUNT),
     "num_processes": _optional(_COUNT),
     "num_workers": _WHOLE,
+    "hub_model_id": _optional(_NAME),
 }
 
 
@@ -250,6 +251,10 @@ class TrainArguments(_Checked):
         save_limit: checkpoints to keep; the oldest go first.
         report_to: trackers of accelerate, for example tensorboard.
         progress_bar: show a progress bar.
+        push_to_hub: push the model, tokenizer and card to the Hub at the end, with the token that `hf auth login`
+            saved, or HF_TOKEN.
+        hub_model_id: repository on the Hub, name or owner/name. Default: the name of output_dir.
+        hub_private: a new repository is private.
 
     Raises:
         FocusConfigError: a value of the wrong type or out of range.
@@ -290,6 +295,9 @@ class TrainArguments(_Checked):
     save_limit: int | None = 2
     report_to: list[str] | None = None
     progress_bar: bool = True
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = False
 
 
 def _focus_arguments() -> type:

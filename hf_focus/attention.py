@@ -1,6 +1,8 @@
 """`focus_attention`: iterated local attention over a soft span, by whichever backend is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,19 @@ BACKENDS: dict[str, Callable[[FocusProblem], FocusOutput]] = {
     "blocked": focus_blocked,
     "reference": focus_reference,
 }
+
+# A context variable, so that threads do not see each other's
+_KEPT: ContextVar[list[FocusProblem] | None] = ContextVar("focus_problems", default=None)
+
+
+@contextmanager
+def keep_problems() -> Iterator[list[FocusProblem]]:
+    """A list that every problem solved inside the `with`, in this context, is appended to before it is solved."""
+    token = _KEPT.set([])
+    try:
+        yield _KEPT.get()
+    finally:
+        _KEPT.reset(token)
 
 
 def focus_attention(
@@ -117,5 +132,7 @@ def focus_attention(
         coverage_threshold=coverage_threshold,
         need_statistics=need_statistics,
     )
+    if not torch.compiler.is_compiling() and (kept := _KEPT.get()) is not None:
+        kept.append(problem)
     with without_autocast(query):
         return BACKENDS[backend](problem)

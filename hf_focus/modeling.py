@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from os import PathLike
+from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
@@ -95,21 +99,56 @@ class FocusMixin:
         want_info = kwargs.pop("output_loading_info", False)
         ignore = kwargs.pop("ignore_mismatched_sizes", False)
         # Shapes are checked here, where it is known whose they are
-        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            accepted = f"whole safetensors files ({error})"
+            raise FocusCheckpointError(bad_value("weights", str(args[0]), accepted)) from error
         _check_loaded(model, info)
         if info["mismatched_keys"] and not ignore:
             names = ", ".join(sorted(entry[0] for entry in info["mismatched_keys"]))
             raise RuntimeError(f"Weights of other shapes than the model's, see ignore_mismatched_sizes: {names}")
         return (model, info) if want_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers'. The folder also gets the code that reads it, for `trust_remote_code=True`."""
+    def save_pretrained(
+        self, save_directory: str | PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers'. The folder also gets the code that reads it, for `trust_remote_code=True`.
+
+        With `push_to_hub` the whole folder is pushed, as `hf_focus.push_folder` does, whose arguments are taken too.
+        """
         here = __name__.rpartition(".")[2]
         self.config.auto_map = {
             auto_class.__name__: f"{here}.Focus{models[0].__name__}"
             for auto_class, models in auto_models(type(self.config).base_class)
         }
-        super().save_pretrained(*args, **kwargs)
+        sharing = _sharing()
+        if sharing is None:
+            super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+            return
+        push = sharing.take_push_arguments(save_directory, kwargs) if push_to_hub else None
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            sharing.drop_stale_weights(save_directory)
+            if push is not None:
+                sharing.push_folder(save_directory, **push)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers', as one commit that is checked and leaves no older weights: see `hf_focus.push_folder`."""
+        sharing = _sharing()
+        return (
+            super().push_to_hub(repo_id, **kwargs) if sharing is None else sharing.push_model(self, repo_id, **kwargs)
+        )
+
+
+def _sharing() -> ModuleType | None:
+    # By name: a saved model brings this file along, and not the sharing, which needs hf_focus installed
+    try:
+        return import_module("hf_focus.sharing")
+    except ModuleNotFoundError:
+        return None
 
 
 @cache

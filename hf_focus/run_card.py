@@ -1,20 +1,36 @@
-"""The model card of a fine-tuning run."""
+"""The model card of a fine-tuning run, with what FocusA learned in it and a picture."""
 
+from importlib.util import find_spec
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
-from .cards import CardFacts, is_hub_id, model_card
+from .card_checks import is_hub_id
+from .cards import CARD_FILE, PICTURE_FILE, CardFacts, model_card
+from .evaluation import model_inputs
+from .plots import mean_spans, plot_run
 from .preparation import is_patched
+from .recording import record_focus
 from .training_loop import Run
 
-CARD_FILE = "README.md"
+# Figure of the evaluation -> what the card calls it, and how it gets there
+_LEARNED = {
+    "focus_span": ("span (tokens)", lambda value: value),
+    "focus_span_fraction": ("span (share of the longest)", lambda value: value),
+    "focus_coverage": ("sparsity (share of the keys in the span with next to no weight)", lambda value: 1 - value),
+    "focus_entropy": ("entropy of the local attention (nats)", lambda value: value),
+    "focus_iterations": ("attentions made by a query", lambda value: value),
+}
 
 
 def write_run_card(
+    folder: Path,
     run: Run,
     model: PreTrainedModel,
     arguments: tuple[ModelArguments, DataArguments, TrainArguments],
@@ -22,9 +38,10 @@ def write_run_card(
     seconds: float,
     metrics: dict[str, float],
 ) -> ModelCard:
-    """Write `README.md` into the run's output folder.
+    """Write `README.md`, and for a model with FocusA a picture (if matplotlib is installed), into a folder.
 
     Args:
+        folder: where the model was saved.
         run: finished.
         model: as it was saved.
         arguments: of the run.
@@ -36,6 +53,11 @@ def write_run_card(
     base = None if model_args.from_scratch else model_args.model_name_or_path
     base_name = base.rpartition("/")[2] if is_hub_id(base) else model.config.model_type.removeprefix("focus_")
     patched = is_patched(model)
+    spans = _measure_spans(run, model) if patched else {}
+    picture = None
+    if spans and find_spec("matplotlib") is not None:
+        picture = PICTURE_FILE
+        plot_run(folder / picture, {"this run": run.log.lines}, spans, model.focus_config.max_span)
     card = model_card(
         CardFacts(
             name=f"{base_name}-focus" if patched else f"{base_name}-finetuned",
@@ -48,11 +70,35 @@ def write_run_card(
             eval_split=data_args.eval_split,
             metrics={name: metrics[name] for name in run.task.reported if name in metrics and isfinite(metrics[name])},
             focus=model.focus_config.to_dict() if patched else None,
+            learned={
+                label: change(metrics[name])
+                for name, (label, change) in _LEARNED.items()
+                if isfinite(metrics.get(name, float("nan")))
+            },
+            spans={layer: heads.tolist() for layer, heads in spans.items()},
+            picture=picture,
+            has_code=bool(getattr(model.config, "auto_map", None)),
             training=_training_table(run, model, model_args, args, trained_parameters, seconds),
         )
     )
-    card.save(run.output_dir / CARD_FILE)
+    card.save(folder / CARD_FILE)
     return card
+
+
+@torch.no_grad()
+def _measure_spans(run: Run, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Mean span of each layer's heads on the first batch of the evaluation data; empty without such data.
+
+    Taken from the data itself: reading a prepared loader is something that all processes do together.
+    """
+    if run.eval_loader is None:
+        return {}
+    rows, size = run.eval_loader.dataset, run.args.eval_batch_size or run.args.batch_size
+    batch = run.eval_loader.collate_fn([rows[i] for i in range(min(size, len(rows)))])
+    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items() if name != "labels"}
+    with record_focus(model) as records:
+        model(**inputs)
+    return {layer: spans.cpu() for layer, spans in mean_spans(records).items()}
 
 
 def _training_table(

@@ -5,24 +5,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
-from .cards import check_card_names
+from .card_checks import check_card_names
 from .checkpoints import Progress, digest, find_checkpoint, list_checkpoints, read_progress, remove_checkpoints
 from .collators import ReproducibleCollator
 from .configuration import FocusConfig
 from .data import hold_out, load_documents
-from .errors import FocusConfigError, bad_value
+from .errors import FocusConfigError, FocusError, FocusHubError, bad_value
+from .hub import prepare_repo
 from .preparation import (
     Source,
     check_focus_settings,
@@ -36,6 +38,7 @@ from .preparation import (
 )
 from .run_card import write_run_card
 from .run_log import LOG_FILE, TRACKER_FOLDER, RunLog, check_trackers
+from .sharing import push_folder, replace_model
 from .tasks import Encoded, Task, find_task
 from .training_loop import Run, train
 
@@ -60,6 +63,9 @@ NOT_OF_THE_RUN = {
     "cache_dir",
     "license",
     "language",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
     # The digest of the examples stands for these
     "dataset",
     "dataset_config",
@@ -75,7 +81,7 @@ class FinetuneResult:
 
     model: trained, LoRA merged, in eval mode. metrics: of the last evaluation, empty without evaluation data.
     log: the lines of train_log.jsonl. steps: optimizer steps made, those before a resume included. seconds: wall clock
-    of this call's training loop.
+    of this call's training loop. url: of the commit on the Hub, on the main process, if the run was to push.
     """
 
     output_dir: Path
@@ -85,6 +91,7 @@ class FinetuneResult:
     log: list[dict[str, Any]]
     steps: int
     seconds: float
+    url: str | None = None
 
 
 def finetune(
@@ -120,6 +127,8 @@ def finetune(
     Raises:
         FocusConfigError, FocusDataError, FocusResumeError: before the model or `output_dir` is changed.
         UnsupportedArchitectureError, NoMatchingLayerError: before the model is changed.
+        FocusHubError: before the training, if the Hub would not take the model; after it, if the push failed; the
+            model is saved then.
         FocusError: the loss is no longer finite; checkpoints stay.
     """
     task = find_task(train_args.task)
@@ -129,7 +138,10 @@ def finetune(
     trackers = check_trackers(train_args.report_to)
     output_dir = Path(train_args.output_dir)
     checkpoint = _check_output_dir(train_args, output_dir)
+    if train_args.push_to_hub and not model_args.focus:
+        raise FocusConfigError(bad_value("push_to_hub", True, "False with --no-focus: what is pushed carries FocusA"))
     with _accelerator(train_args, trackers, output_dir) as accelerator:
+        repo_id = _prepare_push(accelerator, train_args)
         source = find_source(model_args, model, tokenizer)
         check_focus_settings(model_args, focus, source)
         data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
@@ -142,7 +154,34 @@ def finetune(
         load_model(source, task, model_args, encoded.config)
         trained = choose_trained(source, task, model_args, focus, train_args.seed)
         arguments = (model_args, data_args, train_args)
-        return _train(accelerator, task, source, trained, encoded, description, checkpoint, progress, arguments)
+        result = _train(accelerator, task, source, trained, encoded, description, checkpoint, progress, arguments)
+        if repo_id is not None and accelerator.is_main_process:
+            result.url = _push(result.output_dir, repo_id)
+        return result
+
+
+def _prepare_push(accelerator: Accelerator, args: TrainArguments) -> str | None:
+    """The repository to push to, asked before hours of training; every process raises what the main one met."""
+    if not args.push_to_hub:
+        return None
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            answer[0] = prepare_repo(name, private=args.hub_private or None)
+        except FocusError as error:
+            answer[0] = error
+    broadcast_object_list(answer)
+    if isinstance(answer[0], FocusError):
+        raise answer[0]
+    return answer[0]
+
+
+def _push(output_dir: Path, repo_id: str) -> str:
+    try:
+        return push_folder(output_dir, repo_id).commit_url
+    except FocusError as error:
+        raise FocusHubError(f"The model is saved in {output_dir}, and was not pushed to {repo_id}: {error}") from error
 
 
 def _check_output_dir(args: TrainArguments, output_dir: Path) -> Path | None:
@@ -335,8 +374,11 @@ def _finish(
     if arguments[0].gradient_checkpointing:
         model.gradient_checkpointing_disable()
     if accelerator.is_main_process:
-        model.save_pretrained(run.output_dir)
-        tokenizer.save_pretrained(run.output_dir)
-        write_run_card(run, model, arguments, trained, seconds, metrics)
+        # Beside, then moved: a run that is stopped now leaves what was there before
+        with TemporaryDirectory(dir=run.output_dir, prefix=".new-") as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            write_run_card(Path(new), run, model, arguments, trained, seconds, metrics)
+            replace_model(Path(new), run.output_dir)
     accelerator.wait_for_everyone()
     return FinetuneResult(run.output_dir, model, tokenizer, metrics, run.log.lines, run.progress.step, seconds)
