@@ -31,7 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 prompt = tokenizer(sys.argv[2], return_tensors="pt")
-text = model.generate(**prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+torch.manual_seed(0)
+text = model.generate(
+    **prompt, max_new_tokens=60, do_sample=True, top_k=20, pad_token_id=tokenizer.eos_token_id
+)
 print(f"{type(model).__name__}, global attention {model.config._attn_implementation}")
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 """
