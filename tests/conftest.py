@@ -1,7 +1,11 @@
 """Settings of the whole suite."""
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 # Two cores are shared by the suite's processes; each with all threads is slower than one thread each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Prepared data sets of a test run are of no use to anybody afterwards
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="hf_focus-datasets-"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate fixes the precision of a process once; what one test's Trainer chose must not bind the next test."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state()
