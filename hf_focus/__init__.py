@@ -11,10 +11,11 @@ from .errors import FocusError
 from .focus_configs import focus_config_class
 from .layer import FocusA
 from .modeling import focus_model_class
+from .observers import FocusRecord
 from .patches import DECLARATIONS
 from .patching import apply_focus, remove_focus
 from .problem import FocusOutput
-from .recording import FocusRecord, record_focus
+from .recording import record_focus
 from .refiner import Refiner
 from .registration import register_all, register_architecture
 from .span import AdaptiveSpan, Predictor

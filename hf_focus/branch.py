@@ -9,10 +9,10 @@ from transformers import initialization as init
 from .attention import focus_attention
 from .configuration import FocusConfig
 from .masks import count_visible, gather_reach, own_key_visible
+from .observers import FocusRecord, is_observed, notify
 from .penalty import note_mean_span
 from .pooling import pool_global
 from .problem import without_autocast
-from .recording import FocusRecord, is_observed, notify
 from .refiner import Refiner
 from .span import AdaptiveSpan, Predictor, count_in_span
 

@@ -16,8 +16,8 @@ from .blocked import focus_blocked
 from .branch import FocusBranch
 from .errors import FocusDataError, NotPatchedError, bad_value
 from .modeling import FocusMixin, read_patch
+from .observers import FocusRecord, observe
 from .problem import FocusProblem
-from .recording import FocusRecord, observe
 from .reference import focus_reference
 from .refiner import Refiner
 from .sites import find_sites

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_focus import FocusA, FocusConfig, FocusRecord, apply_focus, record_focus
 from hf_focus.branch import FocusBranch
-from hf_focus.recording import observe
+from hf_focus.observers import observe
 
 SYMMETRIC = {"is_causal": False}
 # One that stops some queries and not others

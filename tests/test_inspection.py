@@ -31,8 +31,8 @@ from hf_focus.inspection import (
     observe_problems,
 )
 from hf_focus.inspection_text import COLUMNS, short_names, to_text
+from hf_focus.observers import FocusRecord
 from hf_focus.problem import FocusProblem
-from hf_focus.recording import FocusRecord
 from hf_focus.reference import focus_reference
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_focus import FocusA, FocusConfig, Refiner
 from hf_focus.errors import FocusConfigError
 from hf_focus.layer import GlobalAttention
-from hf_focus.recording import observe
+from hf_focus.observers import observe
 
 DIMS, HEADS, LENGTH = 16, 4, 12
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

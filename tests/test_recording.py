@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_focus import FocusA, FocusConfig, FocusRecord, record_focus
 from hf_focus.errors import FocusError, NotPatchedError
-from hf_focus.recording import is_observed
+from hf_focus.observers import is_observed
 
 DIMS, HEADS, LENGTH = 16, 4, 12
 
