@@ -16,15 +16,6 @@ from hf_focus.errors import FocusCheckpointError
 LIBRARY = Path(hf_focus.__file__).parent
 # What only patching, training and looking need must not travel with every model
 NOT_NEEDED = {f"{name}.py" for name in ("patching", "registration", "layer", "recording", "training", "cards", "data")}
-    "patching.py",
-    "registration.py",
-    "layer.py",
-    "recording.py",
-    "training.py",
-    "cards.py",
-    "data.py",
-    "plots.py",
-}
 # A process in which hf_focus cannot be imported
 WITHOUT = """
 import sys
