@@ -22,7 +22,11 @@ setup() {
     say "Creating the virtual environment .venv"
     "$base" -m venv "$root/.venv"
     # A range would fetch the newest build for GPUs, gigabytes of it; the pinned one is enough on a CPU
-    if command -v nvidia-smi >/dev/null 2>&1; then say "Installing torch (GPU)"; else say "Installing torch (CPU)"; fi
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        say "Installing torch for this machine's GPU"
+    else
+        say "Installing torch for a CPU${TORCH_INDEX:+ from $TORCH_INDEX} (TORCH_INDEX chooses where from)"
+    fi
     "$python" -m pip install --disable-pip-version-check ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
         --constraint "$root/scripts/constraints.txt" torch
     say "Installing hf_focus and what it needs"
