@@ -3,7 +3,7 @@
 import json
 import re
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -14,61 +14,45 @@ from transformers import HfArgumentParser
 
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
+from .rules import BELOW_ONE, BETWEEN_ZERO_AND_ONE, BOOL, NON_NEGATIVE, Rule, int_from, number, optional
 
-_Rule = tuple[str, Callable[[Any], bool]]
+_COUNT = int_from(1)
+_WHOLE = int_from(0)
+_POSITIVE = number("a number > 0", lambda value: value > 0)
+_NAME = Rule("a non-empty string", lambda value: isinstance(value, str) and bool(value.strip()))
 
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _optional(rule: _Rule) -> _Rule:
-    return f"None or {rule[0]}", lambda value: value is None or rule[1](value)
-
-
-_COUNT: _Rule = ("an int >= 1", lambda value: _is_int(value) and value >= 1)
-_WHOLE: _Rule = ("an int >= 0", lambda value: _is_int(value) and value >= 0)
-_POSITIVE: _Rule = ("a number > 0", lambda value: _is_number(value) and value > 0)
-_NON_NEGATIVE: _Rule = ("a number >= 0", lambda value: _is_number(value) and value >= 0)
-_SHARE: _Rule = ("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
-_NAME: _Rule = ("a non-empty string", lambda value: isinstance(value, str) and bool(value.strip()))
-
-_RULES: dict[str, _Rule] = {
-    "model_name_or_path": _optional(_NAME),
+_RULES = {
+    "model_name_or_path": optional(_NAME),
     "lora_rank": _WHOLE,
-    "lora_alpha": _optional(_POSITIVE),
-    "lora_dropout": _SHARE,
-    "eval_share": _SHARE,
-    "block_size": _optional(("an int >= 2", lambda value: _is_int(value) and value >= 2)),
-    "max_train_examples": _optional(_COUNT),
-    "max_eval_examples": _optional(_COUNT),
-    "mlm_probability": ("a number strictly between 0 and 1", lambda value: _is_number(value) and 0 < value < 1),
+    "lora_alpha": optional(_POSITIVE),
+    "lora_dropout": BELOW_ONE,
+    "eval_share": BELOW_ONE,
+    "block_size": optional(int_from(2)),
+    "max_train_examples": optional(_COUNT),
+    "max_eval_examples": optional(_COUNT),
+    "mlm_probability": BETWEEN_ZERO_AND_ONE,
     "output_dir": _NAME,
     "seed": _WHOLE,
     "num_epochs": _POSITIVE,
-    "max_steps": _optional(_COUNT),
+    "max_steps": optional(_COUNT),
     "batch_size": _COUNT,
-    "eval_batch_size": _optional(_COUNT),
+    "eval_batch_size": optional(_COUNT),
     "gradient_accumulation_steps": _COUNT,
     "learning_rate": _POSITIVE,
-    "focus_learning_rate": _optional(_POSITIVE),
-    "weight_decay": _NON_NEGATIVE,
-    "adam_beta1": _SHARE,
-    "adam_beta2": _SHARE,
+    "focus_learning_rate": optional(_POSITIVE),
+    "weight_decay": NON_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
     "adam_epsilon": _POSITIVE,
-    "max_grad_norm": _optional(_POSITIVE),
-    "warmup_share": _SHARE,
+    "max_grad_norm": optional(_POSITIVE),
+    "warmup_share": BELOW_ONE,
     "logging_steps": _COUNT,
-    "eval_steps": _optional(_COUNT),
-    "save_steps": _optional(_COUNT),
-    "save_limit": _optional(_COUNT),
-    "num_processes": _optional(_COUNT),
+    "eval_steps": optional(_COUNT),
+    "save_steps": optional(_COUNT),
+    "save_limit": optional(_COUNT),
+    "num_processes": optional(_COUNT),
     "num_workers": _WHOLE,
-    "hub_model_id": _optional(_NAME),
+    "hub_model_id": optional(_NAME),
 }
 
 
@@ -98,25 +82,24 @@ class _Checked:
             if isinstance(value, Path):
                 value = str(value)
                 setattr(self, setting.name, value)
-            accepted, holds = _RULES.get(setting.name) or _rule_of_type(hints[setting.name])
-            if not holds(value):
-                raise FocusConfigError(bad_value(setting.name, value, accepted))
+            rule = _RULES.get(setting.name) or _rule_of_type(hints[setting.name])
+            if not rule.holds(value):
+                raise FocusConfigError(bad_value(setting.name, value, rule.accepted))
 
 
-def _rule_of_type(hint: Any) -> _Rule:
+def _rule_of_type(hint: Any) -> Rule:
     options = get_args(hint)
     if options and all(isinstance(option, str) for option in options):
-        return "one of " + ", ".join(map(repr, options)), lambda value: value in options
+        return Rule("one of " + ", ".join(map(repr, options)), lambda value: value in options)
     if hint is bool:
-        return "True or False", lambda value: isinstance(value, bool)
+        return BOOL
     if list[str] in (hint, *options):
-        return (
-            "None or a list of strings",
-            lambda value: (
-                value is None or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value))
-            ),
+        strings = Rule(
+            "a list of strings",
+            lambda value: isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value),
         )
-    return "None or a string", lambda value: value is None or isinstance(value, str)
+        return optional(strings)
+    return optional(Rule("a string", lambda value: isinstance(value, str)))
 
 
 @_documented
@@ -324,13 +307,14 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 def parse_arguments(
-    argv: Sequence[str], description: str | None = None
+    argv: Sequence[str], description: str | None = None, prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, TrainArguments, Any]:
     """Model, data, train and FocusA arguments from flags, or from one YAML or JSON file with flags after it.
 
     Args:
         argv: `["--output-dir", "out", ...]` or `["run.yaml", ...]`; a flag wins over the file.
         description: shown by `--help`.
+        prog: what messages call the program; None: the file that was started.
 
     Raises:
         FocusConfigError: the file is missing or no mapping, or a value is not accepted.
@@ -338,7 +322,7 @@ def parse_arguments(
     """
     groups = (ModelArguments, DataArguments, TrainArguments, FocusArguments)
     usage = "%(prog)s [run.yaml or run.json] [--flags]"
-    parser = HfArgumentParser(groups, description=description, usage=usage, formatter_class=_HelpFormatter)
+    parser = HfArgumentParser(groups, prog=prog, description=description, usage=usage, formatter_class=_HelpFormatter)
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv = [*_flags_of_file(argv[0], [item.name for group in groups for item in fields(group)]), *argv[1:]]

@@ -4,8 +4,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -149,31 +148,19 @@ def finetune(argv: Sequence[str]) -> None:
     from .arguments import parse_arguments
     from .training import finetune as run
 
-    with _called_as(f"{PROGRAM} finetune"):
-        try:
-            arguments = parse_arguments(argv, description=cleandoc(finetune.__doc__))
-        except FocusError:
-            raise
-        except ValueError as error:
-            # HfArgumentParser's way to say that a flag does not exist
-            raise FocusConfigError(str(error)) from error
+    try:
+        arguments = parse_arguments(argv, description=cleandoc(finetune.__doc__), prog=f"{PROGRAM} finetune")
+    except FocusError:
+        raise
+    except ValueError as error:
+        # HfArgumentParser's way to say that a flag does not exist
+        raise FocusConfigError(str(error)) from error
     result = run(*arguments)
     if PartialState().is_main_process:
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()) or "no evaluation data"
         print(f"{result.steps} steps, {result.seconds:.1f} s in this call\n{metrics}\n{result.output_dir}")
         if result.url:
             print(result.url)
-
-
-@contextmanager
-def _called_as(name: str) -> Iterator[None]:
-    """What argparse calls the program in its messages."""
-    before = sys.argv
-    sys.argv = [name, *before[1:]]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def evaluate(argv: Sequence[str]) -> None:

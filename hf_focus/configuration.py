@@ -1,88 +1,65 @@
 """`FocusConfig`: every setting of FocusA, validated when it is made, and saved inside the model's config.json."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import FocusConfigError, bad_value
+from .rules import (
+    BELOW_ONE,
+    BETWEEN_ZERO_AND_ONE,
+    BOOL,
+    NON_NEGATIVE,
+    Rule,
+    choice,
+    int_from,
+    is_int,
+    number,
+    optional,
+)
 
-
-@dataclass(frozen=True)
-class _Rule:
-    accepted: str
-    holds: Callable[[Any], bool]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    # NaN fails every comparison below, infinity fails this one
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _int_from(low: int) -> _Rule:
-    return _Rule(f"an int >= {low}", lambda value: _is_int(value) and value >= low)
-
-
-def _optional(rule: _Rule) -> _Rule:
-    return _Rule(f"None or {rule.accepted}", lambda value: value is None or rule.holds(value))
-
-
-def _number(accepted: str, holds: Callable[[float], bool]) -> _Rule:
-    return _Rule(accepted, lambda value: _is_number(value) and holds(value))
-
-
-def _choice(*options: str) -> _Rule:
-    return _Rule("one of " + ", ".join(map(repr, options)), lambda value: isinstance(value, str) and value in options)
-
-
-_BOOL = _Rule("True or False", lambda value: isinstance(value, bool))
-_NON_NEGATIVE = _number("a number >= 0", lambda value: value >= 0)
-_FRACTION = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
-_LAYERS = _Rule(
+_FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_LAYERS = Rule(
     "a non-empty list of different ints >= 0",
     lambda value: (
         isinstance(value, list)
         and bool(value)
-        and all(_is_int(layer) and layer >= 0 for layer in value)
+        and all(is_int(layer) and layer >= 0 for layer in value)
         and len(set(value)) == len(value)
     ),
 )
 
 _RULES = {
-    "max_span": _int_from(1),
-    "max_iterations": _int_from(1),
-    "max_dist": _optional(_int_from(1)),
-    "sink_tokens": _int_from(0),
-    "layers": _optional(_LAYERS),
-    "ramp": _int_from(1),
-    "per_head_span": _BOOL,
-    "span_granularity": _choice("token", "window", "sequence"),
-    "window_size": _int_from(1),
-    "initial_span": _number("a number strictly between 0 and 1", lambda value: 0 < value < 1),
-    "span_penalty": _NON_NEGATIVE,
-    "temperature": _choice("learned", "seed"),
-    "sharpen": _BOOL,
-    "temp_scale": _NON_NEGATIVE,
-    "feedback": _choice("normalized", "additive"),
-    "anchored": _BOOL,
-    "readout": _choice("mixture", "last"),
-    "readout_bias": _number("a number", lambda value: True),
-    "combine": _choice("per_head", "projection"),
-    "stop": _choice("absolute", "relative"),
-    "base_threshold": _NON_NEGATIVE,
-    "threshold_scale": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "refiner": _BOOL,
-    "num_actions": _int_from(2),
+    "max_span": int_from(1),
+    "max_iterations": int_from(1),
+    "max_dist": optional(int_from(1)),
+    "sink_tokens": int_from(0),
+    "layers": optional(_LAYERS),
+    "ramp": int_from(1),
+    "per_head_span": BOOL,
+    "span_granularity": choice("token", "window", "sequence"),
+    "window_size": int_from(1),
+    "initial_span": BETWEEN_ZERO_AND_ONE,
+    "span_penalty": NON_NEGATIVE,
+    "temperature": choice("learned", "seed"),
+    "sharpen": BOOL,
+    "temp_scale": NON_NEGATIVE,
+    "feedback": choice("normalized", "additive"),
+    "anchored": BOOL,
+    "readout": choice("mixture", "last"),
+    "readout_bias": number("a number", lambda value: True),
+    "combine": choice("per_head", "projection"),
+    "stop": choice("absolute", "relative"),
+    "base_threshold": NON_NEGATIVE,
+    "threshold_scale": BELOW_ONE,
+    "refiner": BOOL,
+    "num_actions": int_from(2),
     "alpha": _FRACTION,
-    "gamma": _number("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "gamma": BELOW_ONE,
     "epsilon": _FRACTION,
-    "entropy_weight": _NON_NEGATIVE,
+    "entropy_weight": NON_NEGATIVE,
     "coverage_threshold": _FRACTION,
-    "global_attn_implementation": _optional(_choice("sdpa", "eager")),
-    "backend": _choice("auto", "reference", "blocked"),
+    "global_attn_implementation": optional(choice("sdpa", "eager")),
+    "backend": choice("auto", "reference", "blocked"),
 }
 
 

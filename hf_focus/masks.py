@@ -89,9 +89,8 @@ def count_visible(
     last = position if is_causal else (position + max_span - 1).clamp_max(num_keys - 1)
     if attention_mask is None:
         return (last - first + 1).clamp_min(1)[None, None]
-    visible = is_visible(attention_mask)
-    if visible.shape[-1] == 1:
-        visible = visible.expand(*visible.shape[:-1], num_keys)
+    if attention_mask.shape[-1] == 1:
+        attention_mask = attention_mask.expand(*attention_mask.shape[:-1], num_keys)
     counts = []
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
@@ -99,8 +98,8 @@ def count_visible(
         high = min(rows.stop + query_offset + (0 if is_causal else max_span - 1), num_keys)
         keys = torch.arange(low, high, device=device)
         near = (keys >= first[rows, None]) & (keys <= last[rows, None])
-        part = visible[:, :, rows if visible.shape[2] > 1 else slice(None), low:high]
-        counts.append((part & near).sum(dim=-1))
+        part = attention_mask[:, :, rows if attention_mask.shape[2] > 1 else slice(None), low:high]
+        counts.append((is_visible(part) & near).sum(dim=-1))
     return torch.cat(counts, dim=-1).clamp_min(1)
 
 
@@ -110,8 +109,9 @@ def own_key_visible(
     """Whether a query is a token at all and not padding: (B or 1, T) bool."""
     if attention_mask is None:
         return torch.ones(1, length, dtype=torch.bool, device=device)
-    visible = is_visible(attention_mask)[:, 0].expand(-1, length, num_keys)
-    return visible.diagonal(offset=query_offset, dim1=-2, dim2=-1)
+    # The diagonal first: it is all that is read of an additive mask
+    own = attention_mask[:, 0].expand(-1, length, num_keys).diagonal(offset=query_offset, dim1=-2, dim2=-1)
+    return is_visible(own)
 
 
 def limit_distance(

@@ -68,11 +68,12 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, FocusMixin):
         raise NotPatchedError(bad_value("model", type(model).__name__, "a model patched with FocusA"))
-    for path in _branches(model):
+    branches = _branches(model)
+    for path in branches:
         if path.rpartition(".")[2] != "focus":
             accepted = f"a model that PEFT does not wrap; `{path}` is wrapped, unload the adapter first"
             raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
-    for path in _branches(model):
+    for path in branches:
         delattr(model.get_submodule(path.rpartition(".")[0]), "focus")
     configs = {}
     for module in model.modules():
