@@ -1,5 +1,7 @@
 """The mathematics of one step of focus: soft span mask, feedback into the query, stop rule. Pure functions."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,30 @@ def log_weight(weight: Tensor) -> Tensor:
     return torch.where(positive, weight, 1).log().masked_fill(~positive, float("-inf"))
 
 
+def row_mean(x: Tensor) -> Tensor:
+    """(..., D) -> (..., 1). As a product: over the few features of a head that is several times faster on a CPU."""
+    return x @ x.new_full((x.shape[-1], 1), 1 / x.shape[-1])
+
+
+def unit_epsilon(dtype: torch.dtype) -> float:
+    """What `unit` adds to a mean square: nothing, for any vector that is not zero."""
+    return torch.finfo(dtype).tiny ** 0.5
+
+
 def unit(x: Tensor) -> Tensor:
     """`x` (..., D) at root mean square 1; zero stays zero, with a finite gradient."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + torch.finfo(x.dtype).tiny ** 0.5)
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + unit_epsilon(x.dtype))
+
+
+class FedBack(NamedTuple):
+    """The next query (B, H, T, D), and its direction at root mean square 1, None where the feedback keeps no norm."""
+
+    query: Tensor
+    direction: Tensor | None
 
 
 def feed_back(
-    query: Tensor,
+    last: FedBack,
     first_query: Tensor,
     output: Tensor,
     matrix: Tensor | None,
@@ -43,32 +62,34 @@ def feed_back(
     gain: Tensor | None,
     feedback: str,
     anchored: bool,
-) -> Tensor:
+) -> FedBack:
     """The next query, qᵗ⁺¹ = update(qᵗ, oᵗ·F).
 
-    `"additive"`: base + o·F (the seed; its norm grows). `"normalized"`: the direction (1 − α)·base + α·o·F, both at
-    equal size, at the norm of the first query times a gain. base is the query, or the first query if `anchored`.
+    `"additive"`: base + o·F (the seed; its norm grows), base the last query. `"normalized"`: the direction
+    (1 − α)·base + α·o·F, both at equal size, at the norm of the first query times a gain; base is the last direction.
+    With `anchored` base is the first query, or its direction.
 
     Args:
-        query, first_query: (B, H, T, D).
+        last: the last step's query; the first query with direction None to begin with.
+        first_query: (B, H, T, D).
         output: (B, H, T, Dv).
         matrix: F (H, Dv, D); None: the identity, cut or filled with zeros where Dv ≠ D.
         mix: α (H,) in (0, 1); None: one half. Read by `"normalized"` only.
         gain: (H,) > 0; None: one. Read by `"normalized"` only.
     """
     if matrix is None:
-        missing = query.shape[-1] - output.shape[-1]
-        fed = torch.nn.functional.pad(output, (0, missing)) if missing >= 0 else output[..., : query.shape[-1]]
+        missing = first_query.shape[-1] - output.shape[-1]
+        fed = torch.nn.functional.pad(output, (0, missing)) if missing >= 0 else output[..., :missing]
     else:
         fed = torch.einsum("bhtv,hvd->bhtd", output, matrix)
-    base = first_query if anchored else query
     if feedback == "additive":
-        return base + fed
+        return FedBack((first_query if anchored else last.query) + fed, None)
+    base = unit(first_query) if anchored or last.direction is None else last.direction
     alpha = 0.5 if mix is None else mix[:, None, None]
+    direction = unit((1 - alpha) * base + alpha * unit(fed))
     # The tiny term is for the gradient at zero, where the root has none
     size = (first_query.square().mean(dim=-1, keepdim=True) + torch.finfo(first_query.dtype).tiny).sqrt()
-    mixed = unit((1 - alpha) * unit(base) + alpha * unit(fed)) * size
-    return mixed if gain is None else mixed * gain[:, None, None]
+    return FedBack(direction * (size if gain is None else size * gain[:, None, None]), direction)
 
 
 def has_converged(
@@ -83,7 +104,7 @@ def has_converged(
     Returns:
         (...) bool.
     """
-    change = (output - previous).abs().mean(dim=-1)
+    change = row_mean((output - previous).abs())
     if stop == "relative":
-        change = change / output.abs().mean(dim=-1).clamp_min(torch.finfo(output.dtype).tiny)
-    return change < base_threshold + threshold_scale * change
+        change = change / row_mean(output.abs()).clamp_min(torch.finfo(output.dtype).tiny)
+    return (change < base_threshold + threshold_scale * change).squeeze(-1)

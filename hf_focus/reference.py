@@ -2,7 +2,7 @@
 
 import torch
 
-from .iteration import feed_back, has_converged, log_weight, soft_span_mask
+from .iteration import FedBack, feed_back, has_converged, log_weight, soft_span_mask
 from .problem import FocusOutput, FocusProblem
 
 
@@ -28,13 +28,13 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
         bias = bias + p.position_bias
     bias = bias.expand(*p.query.shape[:3], keys.numel())
 
-    query = p.query
-    previous = query.new_zeros(*query.shape[:3], value.shape[-1])
-    running = torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
+    state = FedBack(p.query, None)
+    previous = p.query.new_zeros(*p.query.shape[:3], value.shape[-1])
+    running = torch.ones(p.query.shape[:3], dtype=torch.bool, device=key.device)
     iterations = torch.zeros_like(running, dtype=torch.long)
     outputs, entropy, coverage = [], None, None
     for _ in range(p.max_iterations):
-        scores = query @ key.transpose(-1, -2) * p.scaling
+        scores = state.query @ key.transpose(-1, -2) * p.scaling
         if p.softcap is not None:
             scores = p.softcap * torch.tanh(scores / p.softcap)
         scores = scores * p.sharpness[..., None] + bias
@@ -43,14 +43,14 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
         weights = torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
         output = torch.where(running[..., None], weights @ value, previous)
         in_span = (bias > float("-inf")).sum(-1)
-        new_coverage = (weights > p.coverage_threshold).sum(-1) / in_span.clamp_min(1)
+        new_coverage = (weights > p.coverage_threshold).to(weights.dtype).sum(-1) / in_span.clamp_min(1)
         new_entropy = torch.special.entr(weights).sum(-1)
         entropy = new_entropy if entropy is None else torch.where(running, new_entropy, entropy)
         coverage = new_coverage if coverage is None else torch.where(running, new_coverage, coverage)
         iterations = iterations + running
         outputs.append(output)
         stopped = has_converged(output, previous, p.stop, p.base_threshold, p.threshold_scale)
-        query = feed_back(query, p.query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
+        state = feed_back(state, p.query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
         previous = output
         running = running & ~stopped
 

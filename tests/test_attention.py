@@ -243,7 +243,7 @@ def brute_force(arguments: dict[str, Any]) -> tuple[FocusOutput, float]:
         return tensor.view(batch, heads, length, *tensor.shape[1:])
 
     # Coverage is a ratio of two counts in float32
-    result = FocusOutput(shaped(output), shaped(entropy), shaped(coverage).float(), shaped(iterations))
+    result = FocusOutput(shaped(output), shaped(entropy), shaped(coverage), shaped(iterations))
     return result, min(margins)
 
 

@@ -1,0 +1,159 @@
+"""Cells: the pieces that the blocked path cuts a problem into, each a few queries and the band of keys they reach."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import FocusProblem
+
+# Queries of a cell, and the most scores that it holds: measured, so that all iterations stay in a core's cache.
+# A device without caches to fit wants fewer and larger launches
+QUERY_BLOCK = {"cpu": 64}
+OTHER_QUERY_BLOCK = 256
+MOST_SCORES = {"cpu": 2**19}
+OTHER_MOST_SCORES = 2**26
+REACH_STEP = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Rows of the batch, queries, and the keys that any of these queries can reach."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+
+    def of(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """The part of a tensor of the problem that this cell reads: a view, never a copy."""
+        if tensor is None or name in ("feedback_matrix", "mix", "gain"):
+            return tensor
+        tensor = tensor[self.rows] if tensor.shape[0] > 1 else tensor
+        if name in ("key", "value"):
+            return tensor[:, :, self.keys]
+        if name in ("attention_mask", "position_bias"):
+            queries = self.queries if tensor.shape[2] > 1 else slice(None)
+            return tensor[:, :, queries, self.keys if tensor.shape[3] > 1 else slice(None)]
+        return tensor[:, :, self.queries]
+
+    def cut(self, problem: FocusProblem) -> FocusProblem:
+        """The problem of this cell alone; positions count from its first key."""
+        names = (*problem.TENSORS, "attention_mask")
+        parts = {name: self.of(name, getattr(problem, name)) for name in names}
+        return changed(problem, **parts, query_offset=problem.query_offset + self.queries.start - self.keys.start)
+
+
+def changed(problem: FocusProblem, **changes: Any) -> FocusProblem:
+    """`dataclasses.replace` without validating again: parts of a valid problem are valid."""
+    part = object.__new__(FocusProblem)
+    part.__dict__.update(problem.__dict__, **changes)
+    return part
+
+
+def reads_are_free(tensor: Tensor) -> bool:
+    """Whether the host may look at a value: on a CPU outside of traced graphs. Elsewhere it would wait."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def cells(problem: FocusProblem, size: int | None = None) -> Iterator[Cell]:
+    """Cut a problem into cells of at most `size` queries; None: what was measured to be fast."""
+    device = problem.query.device.type
+    size = size or QUERY_BLOCK.get(device, OTHER_QUERY_BLOCK)
+    batch, heads, length = problem.query.shape[:3]
+    num_keys, offset = problem.key.shape[2], problem.query_offset
+    for number, reach in enumerate(_reaches(problem, size)):
+        start, stop = number * size, min((number + 1) * size, length)
+        last = stop + offset if problem.is_causal else stop + offset + reach
+        # A window that lies outside the keys still needs one column, all masked, to give zeros
+        first = min(max(start + offset - reach, 0), num_keys - 1)
+        last = max(min(last, num_keys), first + 1)
+        together = max(1, MOST_SCORES.get(device, OTHER_MOST_SCORES) // (heads * (stop - start) * (last - first)))
+        for row in range(0, batch, together):
+            yield Cell(slice(row, min(row + together, batch)), slice(start, stop), slice(first, last))
+
+
+def _reaches(problem: FocusProblem, size: int) -> list[int]:
+    """For each block of queries, the largest distance at which one of them can see a key."""
+    length, most = problem.query.shape[2], problem.max_span - 1
+    blocks = -(-length // size)
+    if not reads_are_free(problem.span):
+        return [most] * blocks
+    longest = problem.span.detach().amax(dim=(0, 1))
+    longest = torch.nn.functional.pad(longest, (0, blocks * size - length)).view(blocks, size).amax(dim=1)
+    # m(d) > 0 up to d < z + ramp, and a span that is no number hides nothing. In coarse steps, so that cells of one
+    # shape are many
+    reach = (longest + problem.ramp).nan_to_num(nan=most).div(REACH_STEP).ceil() * REACH_STEP
+    return reach.clamp(0, most).long().tolist()
+
+
+class Buffers:
+    """Working memory by name, kept from cell to cell: on a CPU new memory is slower than the arithmetic."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like = like
+        self.dtype = dtype
+        self.memory: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = self.like.new_empty(size, dtype=self.dtype)
+        return self.memory[name][:size].view(shape)
+
+
+class Workspace:
+    """What the cells of one call share: buffers, the parameters in the compute dtype, and bands of one shape."""
+
+    def __init__(self, problem: FocusProblem) -> None:
+        dtype = problem.compute_dtype
+        self.buffers = Buffers(problem.query, dtype)
+        matrix, mix, gain = problem.feedback_matrix, problem.mix, problem.gain
+        self.matrix = None if matrix is None else matrix.to(dtype)
+        self.mix = problem.query.new_full((1, 1, 1), 0.5, dtype=dtype) if mix is None else mix.to(dtype)[:, None, None]
+        self.gain = problem.query.new_ones(1, 1, 1, dtype=dtype) if gain is None else gain.to(dtype)[:, None, None]
+        # Where each span reaches over all keys, no cell needs a mask of its own
+        self.flat = reads_are_free(problem.span) and bool((problem.span >= problem.max_span - 1).all())
+        self._bands: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def bias(self, p: FocusProblem) -> tuple[Tensor, Tensor | None]:
+        """Of a cell's problem: the logarithm of the soft span mask, the position bias and the mask, broadcastable to
+        (B, H, T, S); and which queries see no key, (B or 1, H or 1, T, 1), None where that cannot be."""
+        # log(m) as log1p(m − 1), which is fast at m = 0, where log is not
+        bias = self._band(p)[1] if self.flat else self.edge(p).clamp_(-1, 0).log1p_()
+        if p.position_bias is not None:
+            bias = bias + p.position_bias
+        if p.attention_mask is not None:
+            bias = bias + p.additive_mask(p.attention_mask)
+        elif 0 <= p.query_offset <= p.key.shape[2] - p.query.shape[2]:
+            # Every query has its own key
+            return bias, None
+        empty = (bias == float("-inf")).all(-1, keepdim=True)
+        if reads_are_free(empty) and not bool(empty.any()):
+            return bias, None
+        # A softmax over nothing is NaN; these queries see everything, and their weights are set to zero
+        return bias.masked_fill(empty, 0), empty
+
+    def edge(self, p: FocusProblem) -> Tensor:
+        """(z − d)/ramp of a cell's keys, (B, H or 1, T, S): m − 1 before it is clamped to [−1, 0]."""
+        scaled = (p.span.to(p.compute_dtype) / p.ramp)[..., None]
+        distance = self._band(p)[0]
+        return torch.sub(scaled, distance, out=self.buffers("edge", *p.span.shape, distance.shape[-1]))
+
+    def _band(self, p: FocusProblem) -> tuple[Tensor, Tensor]:
+        """Distances in ramps, inf where a key cannot be reached; and 0 or −inf for that: (T, S), (1, 1, T, S)."""
+        length, num_keys = p.query.shape[2], p.key.shape[2]
+        name = (p.query_offset, length, num_keys)
+        if name not in self._bands:
+            device = p.key.device
+            distance = torch.arange(length, device=device)[:, None] + p.query_offset
+            distance = distance - torch.arange(num_keys, device=device)
+            unreachable = distance.abs() >= p.max_span
+            if p.is_causal:
+                unreachable = unreachable | (distance < 0)
+            distance = distance.abs().to(p.compute_dtype).div_(p.ramp).masked_fill_(unreachable, float("inf"))
+            bias = torch.zeros_like(distance).masked_fill_(unreachable, float("-inf"))
+            self._bands[name] = distance, bias[None, None]
+        return self._bands[name]
