@@ -4,12 +4,6 @@ import torch
 from torch import Tensor
 
 from .cell_forward import CellTensors, Scaled, Trace
-from .iteration import row_mean
-
-
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar product over the last dimension, kept."""
-    return row_mean(a * b) * a.shape[-1]
 
 
 def differentiate_cell(c: CellTensors, trace: Trace, grad: Tensor, sums: dict[str, Tensor]) -> None:
@@ -33,7 +27,7 @@ def differentiate_cell(c: CellTensors, trace: Trace, grad: Tensor, sums: dict[st
             share = p.readout_weights[..., made].to(grad.dtype).sum(-1, keepdim=True)
             grad_output = grad * share if carried is None else torch.addcmul(carried, grad, share)
             if "readout_weights" in sums:
-                sums["readout_weights"][..., made].add_(row_dot(grad, output))
+                sums["readout_weights"][..., made].add_(c.dot(grad, output))
         elif carried is None:
             grad_output = grad
         carried = None
@@ -54,6 +48,7 @@ class _AttentionGradient:
 
     def __init__(self, c: CellTensors, trace: Trace, sums: dict[str, Tensor]) -> None:
         self.c, self.trace, self.sums = c, trace, sums
+        self.cell_sums: dict[str, Tensor] = {}
         self.total: Tensor | None = None
 
     def __call__(self, step: int, grad_output: Tensor) -> Tensor:
@@ -61,9 +56,9 @@ class _AttentionGradient:
         weights, rows = trace.weights[step], c.by_group(trace.rows[step])
         grad = c.by_group(grad_output)
         grad_scores = torch.bmm(grad, c.value.transpose(1, 2), out=self.c.buffers("grad_scores", *weights.shape))
-        grad_scores.sub_(c.by_group(row_dot(grad_output, trace.outputs[step]))).mul_(weights)
+        grad_scores.sub_(c.by_group(c.dot(grad_output, trace.outputs[step]))).mul_(weights)
         if "value" in sums:
-            _flat(sums["value"]).baddbmm_(weights.transpose(1, 2), grad)
+            self._add("value", weights, grad)
         if "span" in sums or "position_bias" in sums:
             if self.total is None:
                 self.total = self.c.buffers("grad_bias", *weights.shape).copy_(grad_scores)
@@ -76,10 +71,20 @@ class _AttentionGradient:
                 sums["sharpness"].add_(cap_grad.sum_to_size(sums["sharpness"].shape))
             grad_scores.mul_(1 - capped.square()).mul_(c.cap / c.p.softcap)
         if "key" in sums:
-            _flat(sums["key"]).baddbmm_(grad_scores.transpose(1, 2), rows)
+            self._add("key", grad_scores, rows)
         return torch.bmm(grad_scores, c.key).view(c.query.shape)
 
+    def _add(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Sums of a cell's own, which are contiguous: products that add into strided memory are slow."""
+        total = self.c.buffers(f"grad_{name}", left.shape[0], left.shape[2], right.shape[2])
+        if name in self.cell_sums:
+            total.baddbmm_(left.transpose(1, 2), right)
+        else:
+            self.cell_sums[name] = torch.bmm(left.transpose(1, 2), right, out=total)
+
     def finish(self) -> None:
+        for name, total in self.cell_sums.items():
+            self.sums[name].add_(total.view(self.sums[name].shape))
         if self.total is None:
             return
         total = self.total.view(*self.c.shape, -1)
@@ -110,17 +115,17 @@ class _FeedbackGradient:
         from_first = c.p.anchored or step == 0
         base = self.first if from_first else self.trace.fed[step - 1].direction
         vector = fed.direction.vector
-        along = row_dot(grad_rows, vector)
+        along = c.dot(grad_rows, vector)
         if self.normalized:
             inverse = fed.direction.inverse_size
             self.grad_size = self.grad_size + along * inverse
             grad_vector = grad_rows * (self.size * c.gain * c.fold)
             if self.grad_direction is not None:
                 grad_vector.add_(self.grad_direction)
-            grad_vector = _unit_gradient(grad_vector, fed.direction, row_dot(grad_vector, vector))
-            with_fed = row_dot(grad_vector, fed.output.vector)
+            grad_vector = _unit_gradient(grad_vector, fed.direction, c.dot(grad_vector, vector))
+            with_fed = c.dot(grad_vector, fed.output.vector)
             if "mix" in self.sums:
-                with_base = row_dot(grad_vector, base.vector) * base.inverse_size
+                with_base = c.dot(grad_vector, base.vector) * base.inverse_size
                 self.sums["mix"].add_((with_fed * fed.output.inverse_size - with_base).sum((0, 2, 3)))
             grad_fed = _unit_gradient(grad_vector, fed.output, with_fed).mul_(c.mix)
             grad_base = grad_vector.mul_(1 - c.mix)
@@ -150,13 +155,13 @@ class _FeedbackGradient:
     def finish(self, grad_rows: Tensor) -> None:
         """Gradients of the first query and of what scales the rows; `grad_rows` are the first product's."""
         c, sums = self.c, self.sums
-        grad_fold = row_dot(grad_rows, c.query) + self.grad_fold
+        grad_fold = c.dot(grad_rows, c.query) + self.grad_fold
         grad_query = grad_rows * c.fold
         if self.normalized and self.grad_first is not None:
             grad_fold = grad_fold + self.grad_size * self.size * c.gain
             if "gain" in sums:
                 sums["gain"].add_((self.grad_size * self.size * c.fold).sum((0, 2, 3)))
-            grad_query.add_(_unit_gradient(self.grad_first, self.first, row_dot(self.grad_first, c.query)))
+            grad_query.add_(_unit_gradient(self.grad_first, self.first, c.dot(self.grad_first, c.query)))
             slope = self.grad_size * c.gain * c.fold / self.size / c.query.shape[-1]
             grad_query.addcmul_(c.query, slope)
         elif self.grad_first is not None:
@@ -172,8 +177,3 @@ def _unit_gradient(grad: Tensor, x: Scaled, along: Tensor) -> Tensor:
     """Through `iteration.unit`, y = x·c: c·(∂y − y·mean(y·∂y)); `along` is the scalar product of `grad` and x."""
     scale = along * x.inverse_size**3 / grad.shape[-1]
     return torch.mul(grad, x.inverse_size).addcmul_(x.vector, scale, value=-1)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(B, Hkv, S, D) -> (B·Hkv, S, D), never a copy."""
-    return x.view(-1, *x.shape[2:])

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from .cells import Workspace, reads_are_free
-from .iteration import has_converged, unit_epsilon
+from .iteration import has_converged
 from .problem import FocusOutput, FocusProblem
 
 
-def inverse_size(x: Tensor) -> Tensor:
+def inverse_size(x: Tensor, epsilon: Tensor) -> Tensor:
     """(..., D) -> (..., 1): what `iteration.unit` multiplies by."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(unit_epsilon(x.dtype)).rsqrt_()
+    return torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 @dataclass
@@ -76,6 +76,10 @@ class CellTensors:
         """(B, H, T, …) -> (B·Hkv, H/Hkv·T, …)."""
         return x.reshape(self.pairs, self.rows, x.shape[-1])
 
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Scalar product over the last dimension, kept. As a matrix product: over few features that is faster."""
+        return torch.mul(a, b, out=self.buffers("product", *a.shape)) @ self.shared.ones(a.shape[-1])
+
     def feed(self, output: Tensor, buffer: Tensor) -> Tensor:
         """o·F (B, H, T, D), in `buffer`."""
         if self.matrix is None:
@@ -88,7 +92,7 @@ class CellTensors:
 
     def first(self) -> "Scaled":
         """The first query as a direction."""
-        return Scaled(self.query, inverse_size(self.query))
+        return Scaled(self.query, inverse_size(self.query, self.shared.epsilon))
 
     def size(self) -> Tensor:
         """Root mean square of the first query, (B, H, T, 1)."""
@@ -103,7 +107,7 @@ class CellTensors:
         return self.buffers(name, *x.shape).copy_(x).flatten(0, 1)
 
     def _count(self, bias: Tensor) -> Tensor:
-        visible = (bias > float("-inf")).to(bias.dtype).sum(-1)
+        visible = torch.gt(bias, float("-inf"), out=self.buffers("scratch", *bias.shape)).sum(-1)
         return visible if self.empty is None else visible.masked_fill(self.empty[..., 0], 1)
 
 
@@ -204,10 +208,10 @@ class _Feedback:
         rows = _buffer(c, "rows", step + 1, self.trace, *shape)
         vector = _buffer(c, "vector", step, self.trace, *shape)
         if self.normalized:
-            fed_size = inverse_size(fed)
-            torch.mul(self.base.vector, (1 - c.mix) * self.base.inverse_size, out=vector)
+            fed_size = inverse_size(fed, c.shared.epsilon)
+            torch.mul(self.base.vector, c.shared.kept * self.base.inverse_size, out=vector)
             vector.addcmul_(fed, c.mix * fed_size)
-            direction = Scaled(vector, inverse_size(vector))
+            direction = Scaled(vector, inverse_size(vector, c.shared.epsilon))
             torch.mul(vector, direction.inverse_size * self.size, out=rows)
             if self.trace is not None:
                 self.trace.fed.append(Fed(Scaled(fed, fed_size), direction))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .iteration import unit_epsilon
 from .problem import FocusProblem
 
 # Queries of a cell, and the most scores that it holds: measured, so that all iterations stay in a core's cache.
@@ -96,12 +97,17 @@ class Buffers:
         self.like = like
         self.dtype = dtype
         self.memory: dict[str, Tensor] = {}
+        self.views: dict[str, dict[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if name not in self.memory or self.memory[name].numel() < size:
-            self.memory[name] = self.like.new_empty(size, dtype=self.dtype)
-        return self.memory[name][:size].view(shape)
+        views = self.views.setdefault(name, {})
+        if shape not in views:
+            size = math.prod(shape)
+            if name not in self.memory or self.memory[name].numel() < size:
+                views.clear()
+                self.memory[name] = self.like.new_empty(size, dtype=self.dtype)
+            views[shape] = self.memory[name][:size].view(shape)
+        return views[shape]
 
 
 class Workspace:
@@ -114,9 +120,18 @@ class Workspace:
         self.matrix = None if matrix is None else matrix.to(dtype)
         self.mix = problem.query.new_full((1, 1, 1), 0.5, dtype=dtype) if mix is None else mix.to(dtype)[:, None, None]
         self.gain = problem.query.new_ones(1, 1, 1, dtype=dtype) if gain is None else gain.to(dtype)[:, None, None]
+        self.kept = 1 - self.mix
+        self.epsilon = problem.query.new_full((1,), unit_epsilon(dtype), dtype=dtype)
         # Where each span reaches over all keys, no cell needs a mask of its own
         self.flat = reads_are_free(problem.span) and bool((problem.span >= problem.max_span - 1).all())
+        self._ones: dict[int, Tensor] = {}
         self._bands: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def ones(self, size: int) -> Tensor:
+        """(size, 1)."""
+        if size not in self._ones:
+            self._ones[size] = self.epsilon.new_ones(size, 1)
+        return self._ones[size]
 
     def bias(self, p: FocusProblem) -> tuple[Tensor, Tensor | None]:
         """Of a cell's problem: the logarithm of the soft span mask, the position bias and the mask, broadcastable to
