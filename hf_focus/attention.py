@@ -1,23 +1,16 @@
 """`focus_attention`: iterated local attention over a soft span, by whichever backend is asked for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from .blocked import focus_blocked
-from .errors import FocusConfigError, bad_value
+from .backends import choose
+from .differentiable import run
 from .masks import gather_reach
 from .problem import FocusOutput, FocusProblem, without_autocast
-from .reference import focus_reference
-
-BACKENDS: dict[str, Callable[[FocusProblem], FocusOutput]] = {
-    "auto": focus_blocked,
-    "blocked": focus_blocked,
-    "reference": focus_reference,
-}
 
 # A context variable, so that threads do not see each other's
 _KEPT: ContextVar[list[FocusProblem] | None] = ContextVar("focus_problems", default=None)
@@ -88,16 +81,14 @@ def focus_attention(
         max_iterations, feedback, anchored, stop, base_threshold, threshold_scale, coverage_threshold: see
             `FocusConfig`.
         need_statistics: whether entropy and coverage are computed.
-        backend: `"auto"`, `"blocked"` or `"reference"`.
+        backend: a name in `backends.BACKENDS`, or `"auto"`: the fastest that can solve this.
 
     Returns:
         `FocusOutput`: output (B, H, T, Dv), entropy, coverage, iterations.
 
     Raises:
-        FocusConfigError: shapes that do not fit together, or an unknown option.
+        FocusConfigError: shapes that do not fit together, an unknown option, or a backend that cannot run here.
     """
-    if backend not in BACKENDS:
-        raise FocusConfigError(bad_value("backend", backend, ", ".join(map(repr, BACKENDS))))
     length, num_keys = query.shape[2], key.shape[2]
     if query_offset is None:
         query_offset = num_keys - length if is_causal else 0
@@ -135,4 +126,4 @@ def focus_attention(
     if not torch.compiler.is_compiling() and (kept := _KEPT.get()) is not None:
         kept.append(problem)
     with without_autocast(query):
-        return BACKENDS[backend](problem)
+        return run(problem, choose(backend, problem))

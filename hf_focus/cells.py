@@ -3,13 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .iteration import unit_epsilon
-from .problem import FocusProblem
+from .problem import FocusProblem, changed
 
 # Queries of a cell, and the most scores that it holds: measured, so that all iterations stay in a core's cache.
 # A device without caches to fit wants fewer and larger launches
@@ -45,13 +44,6 @@ class Cell:
         names = (*problem.TENSORS, "attention_mask")
         parts = {name: self.of(name, getattr(problem, name)) for name in names}
         return changed(problem, **parts, query_offset=problem.query_offset + self.queries.start - self.keys.start)
-
-
-def changed(problem: FocusProblem, **changes: Any) -> FocusProblem:
-    """`dataclasses.replace` without validating again: parts of a valid problem are valid."""
-    part = object.__new__(FocusProblem)
-    part.__dict__.update(problem.__dict__, **changes)
-    return part
 
 
 def reads_are_free(tensor: Tensor) -> bool:

@@ -59,7 +59,7 @@ _RULES = {
     "entropy_weight": NON_NEGATIVE,
     "coverage_threshold": _FRACTION,
     "global_attn_implementation": optional(choice("sdpa", "eager")),
-    "backend": choice("auto", "reference", "blocked"),
+    "backend": choice("auto", "reference", "blocked", "triton"),
 }
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import keep_problems
-from .blocked import focus_blocked
+from .blocked import solve
 from .branch import FocusBranch
 from .errors import FocusDataError, NotPatchedError, bad_value
 from .modeling import FocusMixin, read_patch
@@ -283,7 +283,7 @@ class _Layer:
             "span": record.span,
             "entropy": record.entropy,
             "coverage": record.coverage,
-            "kept": focus_blocked(replace(problem, coverage_threshold=NEGLIGIBLE, need_statistics=True)).coverage,
+            "kept": solve(replace(problem, coverage_threshold=NEGLIGIBLE, need_statistics=True)).coverage,
             "iterations": record.iterations,
             "temperature": problem.sharpness.reciprocal(),
             "context": context[None, None],

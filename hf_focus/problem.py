@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,13 @@ class FocusProblem:
         visible = is_visible(mask)
         added = torch.zeros_like(mask, dtype=self.compute_dtype) if mask is visible else mask.to(self.compute_dtype)
         return added.masked_fill(~visible, float("-inf"))
+
+
+def changed(problem: FocusProblem | None, **changes: Any) -> FocusProblem:
+    """`dataclasses.replace` without validating again: parts of a valid problem are valid."""
+    part = object.__new__(FocusProblem)
+    part.__dict__.update(problem.__dict__ if problem is not None else {}, **changes)
+    return part
 
 
 # Dimensions that may be 1 and then hold for all

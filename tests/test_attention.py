@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_focus import FocusOutput, focus_attention
-from hf_focus.blocked import focus_blocked
+from hf_focus import FocusOutput, blocked, focus_attention
+from hf_focus.backends import BACKENDS as ALL_BACKENDS
 from hf_focus.errors import FocusConfigError, FocusError
 
 BACKENDS = ("reference", "blocked")
@@ -259,7 +260,8 @@ def solve(arguments: dict[str, Any], backend: str, size: int | None = None, **ch
     if size is None:
         return focus_attention(**arguments, backend=backend)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(focus_attention.__globals__["BACKENDS"], backend, lambda p: focus_blocked(p, size=size))
+        parts = {name: partial(getattr(blocked, name), size=size) for name in ("solve", "differentiate")}
+        patch.setitem(ALL_BACKENDS, backend, replace(ALL_BACKENDS[backend], **parts))
         return focus_attention(**arguments, backend=backend)
 
 

@@ -19,7 +19,8 @@ from tiny import randomize, tokens
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedModel
 
 from hf_focus import FocusConfig, apply_focus, record_focus
-from hf_focus.attention import BACKENDS, focus_attention
+from hf_focus.attention import focus_attention
+from hf_focus.backends import BACKENDS
 from hf_focus.errors import FocusDataError, NotPatchedError
 from hf_focus.inspection import (
     NEGLIGIBLE,

@@ -1,0 +1,145 @@
+"""Autograd around backends that bring their own backward, in eager mode and, as one operator, in compiled graphs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, Backend
+from .errors import FocusError
+from .problem import FocusOutput, FocusProblem, changed
+
+_REQUIRED = ("query", "key", "value", "span", "sharpness")
+# Fields of `FocusProblem` beside its tensors, with the types that operators know
+_SETTINGS = {
+    "is_causal": "bool",
+    "scaling": "float",
+    "softcap": "float?",
+    "query_offset": "SymInt",
+    "max_span": "int",
+    "ramp": "int",
+    "max_iterations": "int",
+    "feedback": "str",
+    "anchored": "bool",
+    "stop": "str",
+    "base_threshold": "float",
+    "threshold_scale": "float",
+    "coverage_threshold": "float",
+    "need_statistics": "bool",
+}
+_TENSORS = (*FocusProblem.TENSORS, "attention_mask")
+_ARGUMENTS = ", ".join(
+    [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TENSORS]
+    + [f"{kind} {name}" for name, kind in _SETTINGS.items()]
+)
+
+
+class _Focus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, problem: FocusProblem, backend: Backend, *tensors: Tensor | None) -> tuple[Any, ...]:
+        problem = changed(problem, **dict(zip(FocusProblem.TENSORS, tensors, strict=True)))
+        ctx.save_for_backward(*tensors, problem.attention_mask)
+        # The context must not hold the tensors a second time, out of autograd's sight
+        ctx.settings = changed(problem, **dict.fromkeys(_TENSORS))
+        ctx.backend = backend
+        solved = backend.solve(problem)
+        ctx.mark_non_differentiable(*(x for x in solved[1:] if x is not None))
+        return tuple(solved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FocusError(
+                f"backend {ctx.backend.name!r} has no second derivative (create_graph=True); use 'reference'."
+            )
+        problem = changed(ctx.settings, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True)))
+        names = FocusProblem.TENSORS
+        wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
+        grads = ctx.backend.differentiate(problem, grad, wanted)
+        return (None, None, *(grads.get(name) for name in names))
+
+
+def _problem(arguments: tuple[Any, ...]) -> FocusProblem:
+    return changed(None, **dict(zip((*_TENSORS, *_SETTINGS), arguments, strict=True)))
+
+
+def _empty(like: Tensor) -> Tensor:
+    # An operator's outputs are tensors, never None, and no two may share memory
+    return like.new_empty(0)
+
+
+def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(arguments)
+    output, entropy, coverage, iterations = BACKENDS[backend].solve(problem)
+    if entropy is None:
+        entropy, coverage = _empty(output), _empty(output)
+    return output, entropy, coverage, iterations
+
+
+def _backward(grad: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
+    problem = _problem(arguments)
+    names = [name for name, needed in zip(FocusProblem.TENSORS, wanted, strict=True) if needed]
+    grads = BACKENDS[backend].differentiate(problem, grad, names)
+    return [grads[name] for name in names]
+
+
+_forward_op = torch.library.custom_op(
+    "hf_focus::attention",
+    _forward,
+    mutates_args=(),
+    schema=f"(str backend, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "hf_focus::attention_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, bool[] wanted, str backend, {_ARGUMENTS}) -> Tensor[]",
+)
+
+
+@_forward_op.register_fake
+def _(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(arguments)
+    shape, query = problem.query.shape[:3], problem.query
+    output = query.new_empty(*shape, problem.value.shape[-1])
+    shape = shape if problem.need_statistics else (0,)
+    entropy, coverage = (query.new_empty(shape, dtype=problem.compute_dtype) for _ in range(2))
+    return output, entropy, coverage, query.new_empty(problem.query.shape[:3], dtype=torch.long)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
+    tensors = zip(arguments, wanted, strict=False)
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.backend, arguments = inputs[0], inputs[1:]
+    ctx.save_for_backward(*arguments[: len(_TENSORS)])
+    ctx.settings = arguments[len(_TENSORS) :]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[1 : 1 + len(FocusProblem.TENSORS)])
+    grads = iter(_backward_op(grad, wanted, ctx.backend, *ctx.saved_tensors, *ctx.settings))
+    return (None, *(next(grads) if needed else None for needed in wanted), None, *(None for _ in ctx.settings))
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_keep)
+
+
+def run(problem: FocusProblem, backend: Backend) -> FocusOutput:
+    """Solve `problem` with `backend`, differentiably.
+
+    Under `torch.compile` a backend with a backward of its own is a single node of the graph, `hf_focus::attention`,
+    which runs as in eager mode; the reference is traced.
+    """
+    if backend.differentiate is None:
+        return backend.solve(problem)
+    if not torch.compiler.is_compiling():
+        return FocusOutput(*_Focus.apply(problem, backend, *(getattr(problem, name) for name in FocusProblem.TENSORS)))
+    arguments = (getattr(problem, name) for name in (*_TENSORS, *_SETTINGS))
+    output, entropy, coverage, iterations = _forward_op(backend.name, *arguments)
+    statistics = (entropy, coverage) if problem.need_statistics else (None, None)
+    return FocusOutput(output, *statistics, iterations)
