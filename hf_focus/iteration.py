@@ -26,9 +26,9 @@ def soft_span_mask(distance: Tensor, span: Tensor, ramp: int, max_span: int) -> 
 
 
 def log_weight(weight: Tensor) -> Tensor:
-    """log(weight) with −inf and a zero gradient where the weight is 0."""
-    positive = weight > 0
-    return torch.where(positive, weight, 1).log().masked_fill(~positive, float("-inf"))
+    """log(weight) with −inf and a zero gradient where the weight is 0; NaN stays NaN."""
+    hidden = weight <= 0
+    return torch.where(hidden, 1, weight).log().masked_fill(hidden, float("-inf"))
 
 
 def row_mean(x: Tensor) -> Tensor:

@@ -427,6 +427,24 @@ def test_extreme_scores_stay_finite(backend: str, dtype: torch.dtype, feedback: 
 
 
 @both_backends
+@pytest.mark.parametrize("name", ["query", "key", "value", "span"])
+def test_nan_stays_where_it_is_put(backend: str, name: str) -> None:
+    """In its row of the batch and its head; a NaN query spoils no other query."""
+    arguments = replace(LARGE, batch=2, mask="none").arguments()
+    clean = solve(arguments, backend).output
+    spoilt = {**arguments, name: arguments[name].clone()}
+    spoilt[name][0, 0, 3] = float("nan")
+    output = solve(spoilt, backend).output
+    groups = clean.shape[1] // arguments[name].shape[1]
+    assert output[0, :groups].isnan().any()
+    torch.testing.assert_close(output[1], clean[1], **TIGHT)
+    torch.testing.assert_close(output[0, groups:], clean[0, groups:], **TIGHT)
+    if name in ("query", "span"):
+        others = torch.arange(clean.shape[2]) != 3
+        torch.testing.assert_close(output[0, :, others], clean[0, :, others], **TIGHT)
+
+
+@both_backends
 @pytest.mark.parametrize("stop", ["absolute", "relative"])
 def test_queries_that_see_nothing(backend: str, stop: str) -> None:
     """They give zeros and stop at once, and gradients into them of any size do no harm."""
