@@ -11,7 +11,7 @@ from .configuration import FocusConfig
 from .patching import apply_focus
 from .stdlib_text import is_held_out, stdlib_files
 
-BATCH = 4
+BATCH = 2
 BYTES = 256
 # What of a problem is kept: all that a query's number of attentions depends on
 PER_TOKEN = ("query", "key", "value", "span", "sharpness", "readout_weights")
