@@ -12,7 +12,7 @@ from .problem import FocusProblem, changed
 
 # Queries of a cell, and the most scores that it holds: measured, so that all iterations stay in a core's cache.
 # A device without caches to fit wants fewer and larger launches
-QUERY_BLOCK = {"cpu": 64}
+QUERY_BLOCK = {"cpu": 96}
 OTHER_QUERY_BLOCK = 256
 MOST_SCORES = {"cpu": 2**19}
 OTHER_MOST_SCORES = 2**26
