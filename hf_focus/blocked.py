@@ -11,8 +11,6 @@ from .cell_forward import CellTensors, Trace, solve_cell
 from .cells import Workspace, cells
 from .problem import FocusOutput, FocusProblem, changed
 
-CONTIGUOUS = torch.contiguous_format
-
 
 def solve(problem: FocusProblem, size: int | None = None) -> FocusOutput:
     """Solve `problem`; nothing is recorded for autograd. Time O(T·(max_span + size)·iterations), memory O(T).
@@ -41,8 +39,13 @@ def differentiate(
     """Gradients of the tensors `wanted`, by name, in their dtypes, given that of the output."""
     dtype, shared = problem.compute_dtype, Workspace(problem)
     problem = changed(problem, need_statistics=False)
-    # Many cells add into one key: sums are kept at full precision
-    sums = {name: torch.zeros_like(getattr(problem, name), dtype=dtype, memory_format=CONTIGUOUS) for name in wanted}
+    # Many cells add into one key: sums are kept at full precision. Each query is of one cell, which fills its place
+    sums = {
+        name: (torch.empty_like if name == "query" else torch.zeros_like)(
+            getattr(problem, name), dtype=dtype, memory_format=torch.contiguous_format
+        )
+        for name in wanted
+    }
     for cell in cells(problem, size):
         tensors, trace = CellTensors(cell.cut(problem), shared), Trace()
         solve_cell(tensors, trace)

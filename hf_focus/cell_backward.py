@@ -56,7 +56,10 @@ class _AttentionGradient:
         weights, rows = trace.weights[step], c.by_group(trace.rows[step])
         grad = c.by_group(grad_output)
         grad_scores = torch.bmm(grad, c.value.transpose(1, 2), out=self.c.buffers("grad_scores", *weights.shape))
-        grad_scores.sub_(c.by_group(c.dot(grad_output, trace.outputs[step]))).mul_(weights)
+        if trace.outputs[step] is None:
+            grad_scores.mul_(weights).addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
+        else:
+            grad_scores.sub_(c.by_group(c.dot(grad_output, trace.outputs[step]))).mul_(weights)
         if "value" in sums:
             self._add("value", weights, grad)
         if "span" in sums or "position_bias" in sums:
@@ -103,8 +106,9 @@ class _FeedbackGradient:
     def __init__(self, c: CellTensors, trace: Trace, sums: dict[str, Tensor]) -> None:
         self.c, self.trace, self.sums = c, trace, sums
         self.normalized = c.p.feedback == "normalized"
-        self.first = c.first() if self.normalized else Scaled(c.query, None)
-        self.size = c.size() if self.normalized else None
+        if c.p.max_iterations > 1:
+            self.first = c.first() if self.normalized else Scaled(c.query, None)
+            self.size = c.size() if self.normalized else None
         self.grad_first: Tensor | None = None
         self.grad_direction: Tensor | None = None
         self.grad_fold = self.grad_size = 0
@@ -167,7 +171,7 @@ class _FeedbackGradient:
         elif self.grad_first is not None:
             grad_query.add_(self.grad_first)
         if "query" in sums:
-            sums["query"].add_(grad_query)
+            sums["query"].copy_(grad_query)
         if "sharpness" in sums and c.cap is None:
             grad = grad_fold.squeeze(-1) * c.p.scaling
             sums["sharpness"].add_(grad.sum_to_size(sums["sharpness"].shape))

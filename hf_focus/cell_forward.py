@@ -24,7 +24,7 @@ class Trace:
     weights: list[Tensor] = field(default_factory=list)
     capped: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor | None] = field(default_factory=list)
     running: list[Tensor | None] = field(default_factory=list)
     fed: list["Fed"] = field(default_factory=list)
 
@@ -127,8 +127,10 @@ def solve_cell(c: CellTensors, trace: Trace | None = None) -> FocusOutput:
     running = output = None
     for step in range(p.max_iterations):
         last, previous = step == p.max_iterations - 1, output
-        weights, output = _attend(c, rows, step, trace)
-        if running is not None:
+        # Backward reads no output that nothing is fed from and whose share is fixed
+        unread = last and trace is not None and p.readout_weights is None
+        weights, output = _attend(c, rows, step, trace, not unread)
+        if running is not None and not unread:
             torch.where(running[..., None], output, previous, out=output)
         if trace is not None:
             trace.running.append(running)
@@ -165,8 +167,10 @@ def _buffer(c: CellTensors, name: str, step: int, trace: Trace | None, *shape: i
     return c.buffers(f"{name}{step if trace is not None else step % 2}", *shape)
 
 
-def _attend(c: CellTensors, rows: Tensor, step: int, trace: Trace | None) -> tuple[Tensor, Tensor]:
-    """One attention: weights (B·Hkv, H/Hkv·T, S) and output (B, H, T, Dv)."""
+def _attend(
+    c: CellTensors, rows: Tensor, step: int, trace: Trace | None, want_output: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One attention: weights (B·Hkv, H/Hkv·T, S) and, if wanted, output (B, H, T, Dv)."""
     grouped, transposed = c.by_group(rows), c.key.transpose(1, 2)
     # One buffer of weights for all iterations stays in the cache
     scores = c.buffers(f"weights{step if trace is not None else 0}", c.pairs, c.rows, c.key.shape[1])
@@ -181,8 +185,10 @@ def _attend(c: CellTensors, rows: Tensor, step: int, trace: Trace | None) -> tup
     weights = torch.softmax(scores, dim=-1, out=scores)
     if c.empty is not None:
         weights.view(*c.shape, -1).masked_fill_(c.empty, 0)
-    output = _buffer(c, "output", step, trace, *c.shape, c.value.shape[-1])
-    torch.bmm(weights, c.value, out=c.by_group(output))
+    output = None
+    if want_output:
+        output = _buffer(c, "output", step, trace, *c.shape, c.value.shape[-1])
+        torch.bmm(weights, c.value, out=c.by_group(output))
     if trace is not None:
         trace.rows.append(rows)
         trace.weights.append(weights)
