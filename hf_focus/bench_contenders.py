@@ -186,18 +186,21 @@ def _flash(case: Case) -> Call:
     return Call(lambda: flash_attn_func(*inputs, causal=True, window_size=window), inputs, case.training)
 
 
-def seed_loop(query: Tensor, key: Tensor, value: Tensor, window: int, iterations: int = SEED_ITERATIONS) -> Tensor:
-    """The loop of the document that this library came from, made causal and runnable: windows one after another, each
-    attending to itself (its rule for span = window), `iterations` times, unless the batch's mean change is small."""
+def seed_loop(query: Tensor, key: Tensor, value: Tensor, span: int, iterations: int = SEED_ITERATIONS) -> Tensor:
+    """The loop of the document that this library came from, made runnable and causal over the same `span` keys as the
+    others: windows of `span` queries one after another, each attending to itself and the keys before it `iterations`
+    times, unless the batch's mean change is small."""
     scale = query.shape[-1] ** -0.5
-    future = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
+    positions = torch.arange(query.shape[2], device=query.device)
     windows = []
-    for start in range(0, query.shape[2], window):
-        rows, keys, values = (x[:, :, start : start + window] for x in (query, key, value))
-        size = rows.shape[2]
+    for start in range(0, query.shape[2], span):
+        first = max(0, start - span + 1)
+        rows, keys, values = query[:, :, start : start + span], *(x[:, :, first : start + span] for x in (key, value))
+        distance = positions[start : start + span, None] - positions[first : start + span]
+        hidden = (distance < 0) | (distance >= span)
         previous = torch.zeros_like(rows)
         for _ in range(iterations):
-            scores = (rows @ keys.transpose(-1, -2) * scale).masked_fill(future[:size, :size], float("-inf"))
+            scores = (rows @ keys.transpose(-1, -2) * scale).masked_fill(hidden, float("-inf"))
             output = torch.softmax(scores, dim=-1) @ values
             change = (output - previous).abs().mean()
             if change < 1e-4 + 0.1 * change:
@@ -230,5 +233,5 @@ OTHERS = (
         for parts in (1, 2, 4)
     ),
     Contender("Longformer, with projections", _longformer, "softmax over half the span on either side"),
-    Contender(SEED_LOOP, _seed, "iterated softmax over the part of the window before the query"),
+    Contender(SEED_LOOP, _seed, "iterated softmax over the span, additive feedback"),
 )

@@ -105,15 +105,13 @@ def test_causal_attention_is_one_pass_over_a_span_of_everything() -> None:
     torch.testing.assert_close(output(ONE_PASS, case), output(SDPA_CAUSAL, case))
 
 
-def test_the_seeds_loop_is_additive_focus_on_one_window() -> None:
-    query, key, value = make_inputs(replace(CASE, length=16))
-    span = torch.full((2, 1, 16), 16.0)
-    settings = {"max_span": 16, "max_iterations": 3, "feedback": "additive", "base_threshold": 0.0}
-    ours = focus_attention(query, key, value, span, threshold_scale=0.0, **settings).output
-    torch.testing.assert_close(seed_loop(query, key, value, 16, iterations=3), ours)
-    # And windows do not see each other
-    longer = [torch.cat([x, x.flip(2)], dim=2) for x in (query, key, value)]
-    torch.testing.assert_close(seed_loop(*longer, 16, iterations=3)[:, :, :16], ours)
+@pytest.mark.parametrize(("length", "span"), [(64, 16), (60, 17), (16, 16), (30, 100)])
+def test_the_seeds_loop_is_additive_focus(length: int, span: int) -> None:
+    query, key, value = make_inputs(replace(CASE, length=length))
+    spans = torch.full((2, 1, length), float(span))
+    settings = {"max_span": span, "max_iterations": 3, "feedback": "additive", "base_threshold": 0.0}
+    ours = focus_attention(query, key, value, spans, threshold_scale=0.0, **settings).output
+    torch.testing.assert_close(seed_loop(query, key, value, span, iterations=3), ours)
 
 
 @pytest.mark.parametrize(("length", "span"), [(64, 16), (64, 5), (64, 1), (64, 100), (60, 16), (48, 17)])
