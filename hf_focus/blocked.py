@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import FocusError
 from .iteration import feed_back, has_converged
+from .masks import read_mask
 from .problem import FocusOutput, FocusProblem
 
 QUERY_BLOCK = 64
@@ -32,9 +33,7 @@ class _Block:
         if name in ("key", "value"):
             return tensor[:, :, self.first : self.last]
         if name in ("attention_mask", "position_bias"):
-            rows = slice(self.start, self.stop) if tensor.shape[2] > 1 else slice(None)
-            columns = slice(self.first, self.last) if tensor.shape[3] > 1 else slice(None)
-            return tensor[:, :, rows, columns]
+            return read_mask(tensor, slice(self.start, self.stop), slice(self.first, self.last))
         return tensor[:, :, self.start : self.stop]
 
 
@@ -181,9 +180,12 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: FocusProblem, size: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = _unchecked(problem, **dict(zip(FocusProblem.TENSORS, tensors, strict=True)))
-        ctx.save_for_backward(*tensors, problem.attention_mask)
+        mask = problem.attention_mask
+        ctx.save_for_backward(*tensors, mask if isinstance(mask, Tensor) else None)
         # The context must not hold the tensors a second time, out of autograd's sight
-        ctx.settings = _unchecked(problem, **dict.fromkeys((*FocusProblem.TENSORS, "attention_mask")))
+        ctx.settings = _unchecked(problem, **dict.fromkeys(FocusProblem.TENSORS))
+        if isinstance(mask, Tensor):
+            ctx.settings = _unchecked(ctx.settings, attention_mask=None)
         ctx.size = size
         joined = _solve_all(problem, size)
         ctx.mark_non_differentiable(*(x for x in joined[1:] if x is not None))
@@ -195,6 +197,7 @@ class _Blocked(torch.autograd.Function):
             raise FocusError("The blocked backend has no second derivative (create_graph=True); 'reference' has.")
         *tensors, mask = ctx.saved_tensors
         names = FocusProblem.TENSORS
+        mask = ctx.settings.attention_mask if mask is None else mask
         problem = _unchecked(ctx.settings, **dict(zip(names, tensors, strict=True)), attention_mask=mask)
         problem = replace(problem, need_statistics=False)
         wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
