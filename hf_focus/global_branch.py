@@ -36,20 +36,10 @@ class Call:
 
 
 def attend_globally(call: Call, config: FocusConfig, implementation: str) -> tuple[Tensor, Tensor | None]:
-    """The output (B, T, H, Dv) and the weights of the attention of a call, limited to `max_dist` and sinks.
-
-    Raises:
-        FocusError: a mask that does not fit the keys that a bounded cache kept.
-    """
+    """The output (B, T, H, Dv) and the weights of the attention of a call, limited to `max_dist` and sinks."""
     length, num_keys = call.query.shape[2], call.key.shape[2]
     # A layer's own window moves on from the first tokens
     sinks = 0 if call.kwargs.get("sliding_window") else config.sink_tokens
-    if isinstance(call.mask, Tensor) and call.mask.shape[3] not in (1, num_keys):
-        raise FocusError(
-            f"The attention mask has {call.mask.shape[3]} keys and the cache gave {num_keys}: with max_dist, generate"
-            " keeps the sinks and the last tokens only. Accepted: a 2D attention mask; or, with masks of your own and"
-            " in compiled models, past_key_values=DynamicCache(config=model.config) or a static cache."
-        )
     mask = call.mask
     if mask is None and num_keys <= config.max_dist:
         return call.run(None)
@@ -78,6 +68,20 @@ def attend_globally(call: Call, config: FocusConfig, implementation: str) -> tup
     attend = partial(attend_block, dropout=call.kwargs.get("dropout") or 0.0, scaling=call.kwargs.get("scaling"))
     output = band_attention(attend, call.query, call.key, call.value, mask, config.max_dist, sinks, call.is_causal)
     return output, None
+
+
+def check_keys(mask: Tensor | BandMask | None, num_keys: int) -> None:
+    """Whether a mask fits the keys that a cache gave.
+
+    Raises:
+        FocusError: the cache is a bounded one, and the mask one that knows nothing of it.
+    """
+    if isinstance(mask, Tensor) and mask.shape[3] not in (1, num_keys):
+        raise FocusError(
+            f"The attention mask has {mask.shape[3]} keys and the cache gave {num_keys}: with max_dist, generate keeps"
+            " the sinks and the last tokens only. Accepted: a 2D attention mask; or, with masks of your own and in"
+            " compiled models, past_key_values=DynamicCache(config=model.config) or a static cache."
+        )
 
 
 def plain_mask(query: Tensor, num_keys: int, is_causal: bool, offset: int = 0) -> BandMask:

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .band_mask import BandMask
 from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
-from .global_branch import Call, attend_globally
+from .global_branch import Call, attend_globally, check_keys
 from .masks import find_query_offset
 from .model_masks import with_band_mask
 
@@ -63,6 +63,8 @@ def _attend(
         return attention(module, query, key, value, attention_mask.dense() if lazy else attention_mask, **kwargs)
     _check_sizes(module, branch, query, value, kwargs)
     length, num_keys = query.shape[2], key.shape[2]
+    if branch.config.max_dist is not None:
+        check_keys(attention_mask, num_keys)
     is_causal = kwargs.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     offset = attention_mask.query_offset if lazy else find_query_offset(attention_mask, length, num_keys, is_causal)

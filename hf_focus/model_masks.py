@@ -79,3 +79,7 @@ def with_band_mask(make_mask: Callable[..., Tensor | None], implementation: str)
 def is_traced() -> bool:
     """Whether the model is being compiled or exported: a graph cannot hold a lazy mask."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def as_tensor(mask: Tensor | BandMask | None) -> Tensor | None:
+    return mask if mask is None or isinstance(mask, Tensor) else mask.dense().expand(mask.shape)

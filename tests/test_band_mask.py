@@ -22,7 +22,7 @@ from hf_focus import FocusConfig, record_focus
 from hf_focus.band_attention import band_attention
 from hf_focus.band_mask import BandMask, first_tokens
 from hf_focus.global_branch import attend_block
-from hf_focus.masks import read_mask
+from hf_focus.masks import count_visible, own_key_visible, read_mask
 
 LIMITED = FocusConfig(max_span=5, ramp=2, max_iterations=2, max_dist=4, sink_tokens=2)
 KINDS = ["plain", "left", "right", "holes", "packed", "sliding", "bidirectional", "bidirectional padded"]
@@ -116,6 +116,17 @@ def test_parts_are_parts_of_the_tensor(kind: str) -> None:
         for j in range(4):
             s = t - 3 + j
             assert torch.equal(band[:, 0, t, j], dense[:, 0, t, s] if s >= 0 else torch.zeros(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("kind", ["plain", "left", "right", "holes", "bidirectional padded"])
+def test_visible_keys_are_counted(kind: str, past: int) -> None:
+    past = 0 if kind.startswith("bidirectional") else past
+    mask = make_mask(kind, 9, past)
+    arguments = (9, past + 9, past, 4, not kind.startswith("bidirectional"), torch.device("cpu"))
+    counted = count_visible(mask, *arguments, size=4)
+    assert torch.equal(counted, count_visible(mask.dense(), *arguments))
+    assert torch.equal(own_key_visible(mask, 9, past + 9, past, arguments[-1]), mask.read_own())
 
 
 def test_what_asks_for_a_tensor_gets_it() -> None:
