@@ -36,12 +36,10 @@ def with_band_mask(make_mask: Callable[..., Tensor | None], implementation: str)
             # Made before, and passed to the model
             return attention_mask
         max_dist = (getattr(config, "focus_config", None) or {}).get("max_dist")
+        far = max_dist is not None and (kv_length > max_dist or kv_offset > 0)
         # Cached keys that are not there yet, and keys of another sequence
         others = isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length
-        # The union of two masks may show a query what comes after it
-        union = mask_function.__qualname__.startswith("or_masks.")
-        far = max_dist is not None and (kv_length > max_dist or kv_offset > 0)
-        if not far or others or union or use_vmap or is_traced():
+        if not far or is_traced() or use_vmap or others or _is_union(mask_function):
             return make_mask(
                 batch_size=batch_size,
                 q_length=q_length,
@@ -74,6 +72,11 @@ def with_band_mask(make_mask: Callable[..., Tensor | None], implementation: str)
         )
 
     return make
+
+
+def _is_union(function: MaskFunction) -> bool:
+    """Whether a mask is the union of two, which may show a query what comes after it."""
+    return function.__qualname__.startswith("or_masks.")
 
 
 def is_traced() -> bool:

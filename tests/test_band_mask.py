@@ -8,10 +8,11 @@ import torch
 from helpers import LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_architectures import padded
+from test_architectures import no_dropout, padded
 from tiny import CAUSAL_LMS, ENCODERS, LENGTH, TINY, logits, make_inputs, patched, tokens
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import StaticCache
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -221,6 +222,44 @@ def test_no_tensor_of_tokens_times_tokens(padding: int, training: bool) -> None:
         if training:
             result.sum().backward()
     assert largest.elements < length * length // 4
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert"])
+def test_training(name: str, checkpointing: bool | None, monkeypatch: Any) -> None:
+    """Gradients are those of the dense mask, also when layers run again in the backward pass."""
+    config, inputs, results = FocusConfig.build(LIMITED, refiner=False), padded(tokens(2, 15), 5, 0), []
+    for dense in (False, True):
+        with monkeypatch.context() as patch:
+            if dense:
+                patch.setattr("hf_focus.model_masks.is_traced", lambda: True)
+                patch.setattr("hf_focus.global_branch.is_traced", lambda: True)
+            model = no_dropout(patched(name, config)).double()
+            if checkpointing is not None and not dense:
+                model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+                model.enable_input_require_grads()
+            mask = inputs["attention_mask"].bool()
+            model(**inputs).logits[mask].square().mean().backward()
+            results.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    for key, grad in theirs.items():
+        torch.testing.assert_close(ours[key], grad, rtol=1e-8, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled(name: str) -> None:
+    """A graph takes the dense mask, with the same result; so does a compiled decode step."""
+    torch._dynamo.reset()
+    model, ids = patched(name, LIMITED), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, input_ids=ids), logits(model, input_ids=ids), rtol=0, atol=1e-5)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 4)
+    with torch.no_grad():
+        model(input_ids=ids[:, :-1], past_key_values=cache)
+        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        last = step(input_ids=ids[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(last[:, 0], logits(model, input_ids=ids)[:, -1], rtol=0, atol=1e-5)
 
 
 def test_dropout_of_the_global_branch() -> None:
