@@ -8,6 +8,7 @@ from .architecture import Architecture, supported_architectures
 from .attention import focus_attention
 from .configuration import FocusConfig
 from .errors import FocusError
+from .focus_cache import FocusCache
 from .focus_configs import focus_config_class
 from .layer import FocusA
 from .modeling import focus_model_class
@@ -52,6 +53,7 @@ __all__ = [
     "AdaptiveSpan",
     "Architecture",
     "FocusA",
+    "FocusCache",
     "FocusConfig",
     "FocusError",
     "FocusOutput",

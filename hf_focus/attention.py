@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose
+from .band_mask import BandMask
 from .differentiable import run
 from .masks import gather_reach
 from .problem import FocusOutput, FocusProblem, without_autocast
@@ -37,7 +38,7 @@ def focus_attention(
     feedback_matrix: Tensor | None = None,
     mix: Tensor | None = None,
     gain: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | BandMask | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool = True,
     scaling: float | None = None,
@@ -69,7 +70,8 @@ def focus_attention(
         temperature: τ > 0 (B, H or 1, T); None: 1.
         readout_weights: λ (B, H, T, max_iterations): the result is Σₜ λₜ·oᵗ; None: the last oᵗ.
         feedback_matrix, mix, gain: F (H, Dv, D), α (H,), gain (H,), see `iteration.feed_back`.
-        attention_mask: broadcastable to (B, H, T, S); bool (True: may be seen) or added to the scores.
+        attention_mask: broadcastable to (B, H, T, S); bool (True: may be seen) or added to the scores; or a
+            `BandMask`.
         position_bias: broadcastable to (B, H, T, S), added to the scores; differentiable.
         is_causal: see only keys at or before the query's position; else as far on either side.
         scaling: of the scores; None: D ** -0.5.

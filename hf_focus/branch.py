@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .attention import focus_attention
+from .band_mask import BandMask
 from .configuration import FocusConfig
 from .masks import count_visible, gather_reach, own_key_visible
 from .observers import FocusRecord, is_observed, notify
@@ -93,7 +94,7 @@ class FocusBranch(nn.Module):
         key: Tensor,
         value: Tensor,
         global_output: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | BandMask | None = None,
         *,
         is_causal: bool = True,
         scaling: float | None = None,
@@ -108,7 +109,7 @@ class FocusBranch(nn.Module):
             query: (B, H, T, D), after position encoding.
             key, value: (B, Hkv, S, D) and (B, Hkv, S, Dv), after the cache.
             global_output: G (B, T, H, Dv).
-            attention_mask: what the model gave, (B, 1 or H, T, S), bool or additive, or None.
+            attention_mask: what the model gave, (B, 1 or H, T, S), bool or additive, lazy or None.
             query_offset: position among the keys of the first query, see `masks.find_query_offset`.
             is_causal, scaling, softcap, position_bias: as in `focus_attention`.
             sliding_window: the layer's own window, which the local branch respects too.

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .band_mask import BandMask
 from .iteration import unit_epsilon
+from .masks import read_mask
 from .problem import FocusProblem, changed
 
 # Queries of a cell, and the most scores that it holds: measured, so that all iterations stay in a core's cache.
@@ -27,17 +29,14 @@ class Cell:
     queries: slice
     keys: slice
 
-    def of(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """The part of a tensor of the problem that this cell reads: a view, never a copy."""
+    def of(self, name: str, tensor: Tensor | BandMask | None) -> Tensor | None:
+        """The part of a tensor of the problem that this cell reads: a view, or a lazy mask evaluated there."""
         if tensor is None or name in ("feedback_matrix", "mix", "gain"):
             return tensor
-        tensor = tensor[self.rows] if tensor.shape[0] > 1 else tensor
-        if name in ("key", "value"):
-            return tensor[:, :, self.keys]
         if name in ("attention_mask", "position_bias"):
-            queries = self.queries if tensor.shape[2] > 1 else slice(None)
-            return tensor[:, :, queries, self.keys if tensor.shape[3] > 1 else slice(None)]
-        return tensor[:, :, self.queries]
+            tensor = read_mask(tensor, self.queries, self.keys)
+            return tensor[self.rows] if tensor.shape[0] > 1 else tensor
+        return tensor[self.rows, :, self.keys if name in ("key", "value") else self.queries]
 
     def cut(self, problem: FocusProblem) -> FocusProblem:
         """The problem of this cell alone; positions count from its first key."""

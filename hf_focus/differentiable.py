@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, Backend
+from .band_mask import BandMask
 from .errors import FocusError
 from .problem import FocusOutput, FocusProblem, changed
 
@@ -38,7 +39,9 @@ class _Focus(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: FocusProblem, backend: Backend, *tensors: Tensor | None) -> tuple[Any, ...]:
         problem = changed(problem, **dict(zip(FocusProblem.TENSORS, tensors, strict=True)))
-        ctx.save_for_backward(*tensors, problem.attention_mask)
+        mask = problem.attention_mask
+        ctx.lazy_mask, mask = (None, mask) if isinstance(mask, Tensor) else (mask, None)
+        ctx.save_for_backward(*tensors, mask)
         # The context must not hold the tensors a second time, out of autograd's sight
         ctx.settings = changed(problem, **dict.fromkeys(_TENSORS))
         ctx.backend = backend
@@ -52,7 +55,9 @@ class _Focus(torch.autograd.Function):
             raise FocusError(
                 f"backend {ctx.backend.name!r} has no second derivative (create_graph=True); use 'reference'."
             )
-        problem = changed(ctx.settings, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True)))
+        *tensors, mask = ctx.saved_tensors
+        mask = ctx.lazy_mask if mask is None else mask
+        problem = changed(ctx.settings, **dict(zip(_TENSORS, (*tensors, mask), strict=True)))
         names = FocusProblem.TENSORS
         wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
         grads = ctx.backend.differentiate(problem, grad, wanted)
@@ -139,6 +144,8 @@ def run(problem: FocusProblem, backend: Backend) -> FocusOutput:
         return backend.solve(problem)
     if not torch.compiler.is_compiling():
         return FocusOutput(*_Focus.apply(problem, backend, *(getattr(problem, name) for name in FocusProblem.TENSORS)))
+    if isinstance(problem.attention_mask, BandMask):
+        problem = changed(problem, attention_mask=problem.attention_mask.dense())
     arguments = (getattr(problem, name) for name in (*_TENSORS, *_SETTINGS))
     output, entropy, coverage, iterations = _forward_op(backend.name, *arguments)
     statistics = (entropy, coverage) if problem.need_statistics else (None, None)

@@ -4,14 +4,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .band_mask import BandMask
 from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
-from .masks import find_query_offset, limit_distance
+from .global_branch import Call, attend_globally, check_keys
+from .masks import find_query_offset
+from .model_masks import with_band_mask
 
 PREFIX = "focus|"
 # Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix
@@ -51,27 +53,32 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | BandMask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     attention = _global_attention(module, implementation)
     branch = getattr(module, "focus", None)
+    lazy = attention_mask is not None and not isinstance(attention_mask, Tensor)
     if branch is None:
-        return attention(module, query, key, value, attention_mask, **kwargs)
+        return attention(module, query, key, value, attention_mask.dense() if lazy else attention_mask, **kwargs)
     _check_sizes(module, branch, query, value, kwargs)
     length, num_keys = query.shape[2], key.shape[2]
+    if branch.config.max_dist is not None:
+        check_keys(attention_mask, num_keys)
     is_causal = kwargs.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    offset = find_query_offset(attention_mask, length, num_keys, is_causal)
+    offset = attention_mask.query_offset if lazy else find_query_offset(attention_mask, length, num_keys, is_causal)
 
-    global_mask, config = attention_mask, branch.config
-    if config.max_dist is not None:
-        dtype = query.dtype if implementation == "eager" else torch.bool
-        dtype = dtype if attention_mask is None else attention_mask.dtype
-        global_mask = limit_distance(
-            attention_mask, length, num_keys, offset, is_causal, config.max_dist, config.sink_tokens, dtype, key.device
-        )
-    output, weights = attention(module, query, key, value, global_mask, **kwargs)
+    if branch.config.max_dist is None:
+        output, weights = attention(module, query, key, value, attention_mask, **kwargs)
+    else:
+        call = Call(attention, module, query, key, value, attention_mask, is_causal, offset, kwargs)
+        output, weights = attend_globally(call, branch.config, implementation)
+    if lazy:
+        # Sinks that a cache kept are in front; the local branch reads on from the first key of the window
+        kept = num_keys - attention_mask.shape[3]
+        key, value = key[:, :, kept:], value[:, :, kept:]
+        attention_mask = None if attention_mask.is_plain else attention_mask
     output = branch(
         query,
         key,
@@ -105,4 +112,5 @@ def register_interface() -> None:
             return _attend(_implementation, module, *args, **kwargs)
 
         AttentionInterface.register(PREFIX + implementation, attend)
-        AttentionMaskInterface.register(PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        make_mask = with_band_mask(ALL_MASK_ATTENTION_FUNCTIONS[implementation], implementation)
+        AttentionMaskInterface.register(PREFIX + implementation, make_mask)

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from .band_attention import band_attention
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
+from .global_branch import attend_block, plain_mask
 from .masks import limit_distance
+from .model_masks import is_traced
 from .refiner import Refiner
 
 
@@ -37,7 +40,12 @@ class GlobalAttention(nn.Module):
         """x (B, T, dims), attention_mask broadcastable to (B, H, T, T) -> (B, T, dims)."""
         query, key, value = (split_heads(part(x), self.heads) for part in (self.query, self.key, self.value))
         length = x.shape[1]
-        if self.max_dist is not None and self.max_dist < length:
+        limited = self.max_dist is not None and self.max_dist < length
+        if limited and attention_mask is None and not is_traced():
+            mask = plain_mask(query, length, is_causal)
+            output = band_attention(attend_block, query, key, value, mask, self.max_dist, self.sink_tokens, is_causal)
+            return self.out(output.flatten(2))
+        if limited:
             dtype = torch.bool if attention_mask is None else attention_mask.dtype
             attention_mask = limit_distance(
                 attention_mask, length, length, 0, is_causal, self.max_dist, self.sink_tokens, dtype, x.device

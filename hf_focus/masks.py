@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .band_mask import BandMask
+
 # Additive masks say "never" in many ways: the dtype's most negative number, -inf, -1e9, -1e4
 HIDDEN = -5e3
 
@@ -10,6 +12,13 @@ HIDDEN = -5e3
 def is_visible(mask: Tensor) -> Tensor:
     """An attention mask, bool or additive, as bool: True where a key may be seen."""
     return mask if mask.dtype == torch.bool else mask > HIDDEN
+
+
+def read_mask(mask: Tensor | BandMask, rows: slice, columns: slice) -> Tensor:
+    """A part of an attention mask (B, 1 or H, T or 1, S or 1): a view of a tensor, or a `BandMask` evaluated there."""
+    if not isinstance(mask, Tensor):
+        return mask.read(rows, columns)
+    return mask[:, :, rows if mask.shape[2] > 1 else slice(None), columns if mask.shape[3] > 1 else slice(None)]
 
 
 def find_query_offset(attention_mask: Tensor | None, length: int, num_keys: int, is_causal: bool) -> int | Tensor:
@@ -71,7 +80,7 @@ def gather_reach(
 
 
 def count_visible(
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BandMask | None,
     length: int,
     num_keys: int,
     query_offset: int,
@@ -89,8 +98,6 @@ def count_visible(
     last = position if is_causal else (position + max_span - 1).clamp_max(num_keys - 1)
     if attention_mask is None:
         return (last - first + 1).clamp_min(1)[None, None]
-    if attention_mask.shape[-1] == 1:
-        attention_mask = attention_mask.expand(*attention_mask.shape[:-1], num_keys)
     counts = []
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
@@ -98,17 +105,19 @@ def count_visible(
         high = min(rows.stop + query_offset + (0 if is_causal else max_span - 1), num_keys)
         keys = torch.arange(low, high, device=device)
         near = (keys >= first[rows, None]) & (keys <= last[rows, None])
-        part = attention_mask[:, :, rows if attention_mask.shape[2] > 1 else slice(None), low:high]
+        part = read_mask(attention_mask, rows, slice(low, high))
         counts.append((is_visible(part) & near).sum(dim=-1))
     return torch.cat(counts, dim=-1).clamp_min(1)
 
 
 def own_key_visible(
-    attention_mask: Tensor | None, length: int, num_keys: int, query_offset: int, device: torch.device
+    attention_mask: Tensor | BandMask | None, length: int, num_keys: int, query_offset: int, device: torch.device
 ) -> Tensor:
     """Whether a query is a token at all and not padding: (B or 1, T) bool."""
     if attention_mask is None:
         return torch.ones(1, length, dtype=torch.bool, device=device)
+    if not isinstance(attention_mask, Tensor):
+        return attention_mask.read_own()
     # The diagonal first: it is all that is read of an additive mask
     own = attention_mask[:, 0].expand(-1, length, num_keys).diagonal(offset=query_offset, dim1=-2, dim2=-1)
     return is_visible(own)

@@ -11,11 +11,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architecture import Architecture, find_architecture
@@ -23,8 +24,10 @@ from .auto_classes import PREPROCESSORS, auto_models
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
+from .focus_cache import FocusCache
 from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus
 from .interface import focus_name, global_name, register_interface
+from .model_masks import as_tensor
 from .penalty import with_span_penalty
 from .refiner import Refiner
 from .sites import Site, build_branches, install, plan
@@ -86,6 +89,32 @@ class FocusMixin:
             if isinstance(module, FocusMixin):
                 module.config._attn_implementation_internal = focus_name(module.config._attn_implementation)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers'; the cache that `generate` makes by default is a bounded one under `max_dist`."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # By the exact type: not one that the user gave or asked for
+        if given is not None or type(model_kwargs.get("past_key_values")) is not DynamicCache:
+            return
+        mask = model_kwargs.get("attention_mask")
+        if not has_bounded_cache(self) or (mask is not None and mask.ndim != 2):
+            return
+        offloading = generation_config.cache_implementation == "offloaded"
+        cache = FocusCache(self.config, mask, offloading=offloading)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Masks made ahead for compiled decoding, as transformers': a compiled graph takes tensors only."""
+        make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        masks = make(**kwargs)
+        if isinstance(masks, dict):
+            return {kind: as_tensor(mask) for kind, mask in masks.items()}
+        return as_tensor(masks)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; a plain checkpoint of the base architecture loads too.
@@ -141,6 +170,15 @@ class FocusMixin:
         return (
             super().push_to_hub(repo_id, **kwargs) if sharing is None else sharing.push_model(self, repo_id, **kwargs)
         )
+
+
+def has_bounded_cache(model: PreTrainedModel) -> bool:
+    """Whether no layer of a decoder looks further than `max_dist`."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder or config.focus_config["max_dist"] is None:
+        return False
+    branches = sum(isinstance(module, FocusBranch) for module in model.modules())
+    return branches == config.num_hidden_layers
 
 
 def _sharing() -> ModuleType | None:

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from .masks import is_visible
+from .band_mask import BandMask
+from .masks import is_visible, read_mask
 
 QUERY_BLOCK = 64
 
 
-def pool_global(output: Tensor, attention_mask: Tensor | None, granularity: str, window_size: int) -> Tensor:
+def pool_global(
+    output: Tensor, attention_mask: Tensor | BandMask | None, granularity: str, window_size: int
+) -> Tensor:
     """Mean of the global output over what surrounds each token. Padding is never part of a mean.
 
     Args:
@@ -25,8 +28,7 @@ def pool_global(output: Tensor, attention_mask: Tensor | None, granularity: str,
         return output
     batch, length = output.shape[:2]
     flat = output.flatten(2)
-    visible = None if attention_mask is None else is_visible(attention_mask)[:, 0].expand(batch, length, length)
-    if visible is None and granularity == "sequence":
+    if attention_mask is None and granularity == "sequence":
         return output.mean(dim=1, keepdim=True).expand_as(output)
     reach = length if granularity == "sequence" else window_size // 2
     means = []
@@ -35,8 +37,9 @@ def pool_global(output: Tensor, attention_mask: Tensor | None, granularity: str,
         first, last = max(start - reach, 0), min(stop + reach, length)
         rows = torch.arange(start, stop, device=output.device)[:, None]
         near = ((rows - torch.arange(first, last, device=output.device)).abs() <= reach)[None]
-        if visible is not None:
-            near = near & visible[:, start:stop, first:last]
+        if attention_mask is not None:
+            visible = is_visible(read_mask(attention_mask, slice(start, stop), slice(first, last)))[:, 0]
+            near = near & visible.expand(batch, stop - start, last - first)
         share = near.to(flat.dtype)
         share = share / share.sum(dim=-1, keepdim=True).clamp_min(1)
         means.append(share @ flat[:, first:last])

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .band_mask import BandMask
 from .errors import FocusConfigError, bad_value
 from .iteration import FEEDBACKS, STOPS
-from .masks import is_visible
+from .masks import is_visible, read_mask
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -48,7 +49,7 @@ class FocusProblem:
     feedback_matrix: Tensor | None
     mix: Tensor | None
     gain: Tensor | None
-    attention_mask: Tensor | None
+    attention_mask: Tensor | BandMask | None
     position_bias: Tensor | None
     is_causal: bool
     scaling: float
@@ -124,8 +125,9 @@ class FocusProblem:
         casts = {name: getattr(self, name) for name in self.TENSORS}
         return replace(self, **{k: v.to(self.compute_dtype) for k, v in casts.items() if v is not None})
 
-    def additive_mask(self, mask: Tensor) -> Tensor:
+    def additive_mask(self, mask: Tensor | BandMask) -> Tensor:
         """A part of the attention mask as what is added to the scores: −inf where a key may not be seen."""
+        mask = read_mask(mask, slice(None), slice(None))
         visible = is_visible(mask)
         added = torch.zeros_like(mask, dtype=self.compute_dtype) if mask is visible else mask.to(self.compute_dtype)
         return added.masked_fill(~visible, float("-inf"))
