@@ -80,11 +80,13 @@ class FocusBranch(nn.Module):
     ) -> Tensor:
         """The layer's output (B, T, H, Dv): `attend`, whose arguments it takes, joined with `global_output`."""
         with without_autocast(query):
-            local = self.attend(query, key, value, global_output, *args, **kwargs).transpose(1, 2)
+            local = self.attend(query, key, value, global_output, *args, **kwargs)
             weight, local = self.join.to(global_output.dtype), local.to(global_output.dtype)
             if self.config.combine == "per_head":
-                both = torch.cat([local, global_output], dim=-1)
-                return global_output + torch.einsum("bthv,hvw->bthw", both, weight)
+                of_local, of_global = weight.split(self.value_head_dim, dim=1)
+                added = local @ of_local + global_output.transpose(1, 2) @ of_global
+                return global_output + added.transpose(1, 2)
+            local = local.transpose(1, 2)
             both = torch.cat([local.flatten(2), global_output.flatten(2)], dim=-1)
             return global_output + (both @ weight).view_as(global_output)
 

@@ -136,8 +136,7 @@ def solve_cell(c: CellTensors, trace: Trace | None = None) -> FocusOutput:
             trace.running.append(running)
         ending = None
         if stops and not last:
-            before = output.new_zeros(()) if previous is None else previous
-            ending = has_converged(output, before, p.stop, p.base_threshold, p.threshold_scale)
+            ending = _converged(c, output, previous)
             ending = ending if running is None else ending & running
             if free and not bool(ending.any()):
                 ending = None
@@ -160,6 +159,17 @@ def solve_cell(c: CellTensors, trace: Trace | None = None) -> FocusOutput:
         result = output
     entropy, coverage = (None, None) if statistics is None else (statistics.entropy, statistics.coverage)
     return FocusOutput(result, entropy, coverage, iterations)
+
+
+def _converged(c: CellTensors, output: Tensor, previous: Tensor | None) -> Tensor:
+    """Which queries stop, (B, H, T); before the first iteration the output is 0."""
+    p, width = c.p, output.shape[-1]
+    difference = c.buffers("product", *output.shape)
+    torch.abs(output if previous is None else torch.sub(output, previous, out=difference), out=difference)
+    change = size = difference @ c.shared.ones(width) / width
+    if p.stop == "relative" and previous is not None:
+        size = torch.abs(output, out=difference) @ c.shared.ones(width) / width
+    return has_converged(change, size, p.stop, p.base_threshold, p.threshold_scale)[..., 0]
 
 
 def _buffer(c: CellTensors, name: str, step: int, trace: Trace | None, *shape: int) -> Tensor:

@@ -49,7 +49,8 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
         coverage = new_coverage if coverage is None else torch.where(running, new_coverage, coverage)
         iterations = iterations + running
         outputs.append(output)
-        stopped = has_converged(output, previous, p.stop, p.base_threshold, p.threshold_scale)
+        change, size = (output - previous).abs().mean(dim=-1), output.abs().mean(dim=-1)
+        stopped = has_converged(change, size, p.stop, p.base_threshold, p.threshold_scale)
         state = feed_back(state, p.query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
         previous = output
         running = running & ~stopped
