@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import FocusError, bad_value
 from .problem import FocusOutput, FocusProblem
-from .triton_configs import Config, backward_config, decode_config, forward_configs, padded
+from .triton_configs import INTERPRETER, Config, backward_config, decode_config, forward_configs, padded
 
 try:
     import triton
@@ -196,7 +196,9 @@ def _tuned(p: FocusProblem, launch: Any) -> Config:
     """The fastest forward configuration for this kind of problem, measured once. Forward may run any number of times;
     backward, which adds into memory, may not, and is not measured."""
     configs = forward_configs(p, _shared_memory(p.query.device))
-    if INTERPRETED or len(configs) == 1:
+    if INTERPRETED:
+        return INTERPRETER
+    if len(configs) == 1:
         return configs[0]
     size = p.query.shape[0] * p.query.shape[1] * p.query.shape[2]
     settings = (p.max_span, p.is_causal, p.feedback, p.max_iterations, p.attention_mask is None, p.need_statistics)
@@ -298,7 +300,7 @@ class _Fused(torch.autograd.Function):
         p = _with(ctx.settings, tensors, mask)
         needed = zip(p.TENSORS, ctx.needs_input_grad[1:], strict=True)
         wanted = {name for name, need in needed if need and getattr(p, name) is not None}
-        config = backward_config(p)
+        config = INTERPRETER if INTERPRETED else backward_config(p)
         arguments, programs = backward_arguments(p, iterations, grad, wanted, config)
         if programs:
             with _on_device(p.query):

@@ -72,6 +72,37 @@ def product_gradient(d_score, capped, sharp, scale, softcap):
 
 
 @triton.jit
+def kept_tile(kept, step, columns, BLOCK_Q: tl.constexpr):
+    """What the scratch holds of one iteration, (BLOCK_Q, columns)."""
+    SIZE: tl.constexpr = columns.shape[0]
+    local = tl.arange(0, BLOCK_Q)
+    return load_tile(kept + step * BLOCK_Q * SIZE, local, local < BLOCK_Q, columns, SIZE, 1, SIZE)
+
+
+@triton.jit
+def keep_tile(kept, step, columns, tile, BLOCK_Q: tl.constexpr):
+    """`tile` into the scratch."""
+    SIZE: tl.constexpr = columns.shape[0]
+    local = tl.arange(0, BLOCK_Q)
+    store_tile(kept + step * BLOCK_Q * SIZE, local, local < BLOCK_Q, columns, SIZE, 1, SIZE, tile)
+
+
+@triton.jit
+def query_of_step(
+    query, states, step, grown, rows, valid, columns, strides, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+):  # fmt: skip
+    """qᵗ: the query itself, or made of the state kept. Read anew where it is needed, which costs no registers."""
+    if NORMALIZED:
+        if step == 0:
+            asked = load_tile(query, rows, valid, columns, strides[2], strides[3], D).to(tl.float32)
+        else:
+            asked = kept_tile(states, step, columns, BLOCK_Q) * grown
+        return asked
+    return kept_tile(states, step, columns, BLOCK_Q)
+
+
+@triton.jit
 def backward_kernel(
     query, key, value, span, sharpness, readout, matrix, mix, gain, mask, bias, iterations, grad,
     d_query, d_key, d_value, d_span, d_sharpness, d_readout, d_matrix, d_mix, d_gain, d_bias,
@@ -93,7 +124,6 @@ def backward_kernel(
     """
     local = tl.arange(0, BLOCK_Q)
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    all_rows = local < BLOCK_Q
     dtype = key.dtype.element_ty
     piece = tl.program_id(0)
     states = scratch + piece.to(tl.int64) * max_iterations * BLOCK_Q * (BLOCK_D + BLOCK_DV + 2)
@@ -172,10 +202,8 @@ def backward_kernel(
             attended = summed / tl.where(total == 0, 1.0, total)[:, None]
             seen = total > 0
             normalizer = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), 0.0)
-            store_tile(states + step * BLOCK_Q * BLOCK_D, local, all_rows, columns, BLOCK_D, 1, BLOCK_D, state)
-            store_tile(
-                outputs + step * BLOCK_Q * BLOCK_DV, local, all_rows, value_columns, BLOCK_DV, 1, BLOCK_DV, attended
-            )
+            keep_tile(states, step, columns, state, BLOCK_Q)
+            keep_tile(outputs, step, value_columns, attended, BLOCK_Q)
             tl.store(normalizers + step * BLOCK_Q + local, normalizer)
             if step + 1 < count:
                 fed = fed_back(attended, f_base, columns, value_columns, matrix_strides, D, DV, PRECISION)
@@ -186,7 +214,6 @@ def backward_kernel(
         tl.debug_barrier()
 
         # The read-out: its own gradient, and how much of the gradient each iteration gets
-        d_result = load_tile(g_base, rows, valid, value_columns, grad_strides[2], grad_strides[3], DV).to(tl.float32)
         last = tl.maximum(made - 1, 0)
         last_share = tl.full([BLOCK_Q], 1.0, tl.float32)
         r_base = readout
@@ -197,6 +224,7 @@ def backward_kernel(
                 share = tl.load(r_base + step * readout_strides[3], mask=valid, other=0.0).to(tl.float32)
                 last_share += tl.where(step >= last, share, 0.0)
                 if d_readout is not None:
+                    d_result = load_tile(g_base, rows, valid, value_columns, grad_strides[2], grad_strides[3], DV)
                     # A stopped query repeats its last output
                     places = outputs + (tl.minimum(last, step) * BLOCK_Q + local)[:, None] * BLOCK_DV
                     repeated = tl.load(places + value_columns[None, :])
@@ -215,22 +243,23 @@ def backward_kernel(
         d_sharp = tl.zeros([BLOCK_Q], tl.float32)
         step = count - 1
         while step >= 0:
-            attended = load_tile(
-                outputs + step * BLOCK_Q * BLOCK_DV, local, all_rows, value_columns, BLOCK_DV, 1, BLOCK_DV
-            )
-            state = load_tile(states + step * BLOCK_Q * BLOCK_D, local, all_rows, columns, BLOCK_D, 1, BLOCK_D)
+            attended = kept_tile(outputs, step, value_columns, BLOCK_Q)
             normalizer = tl.load(normalizers + step * BLOCK_Q + local)
             share = tl.where(step == last, last_share, 0.0)
             if readout is not None:
                 given = tl.load(r_base + step * readout_strides[3], mask=valid, other=0.0).to(tl.float32)
                 share = tl.where(step < last, given, share)
+            d_result = load_tile(g_base, rows, valid, value_columns, grad_strides[2], grad_strides[3], DV)
             d_attended += share[:, None] * d_result
             delta = tl.sum(d_attended * attended, 1)
-            asked = state
-            if NORMALIZED:
-                asked = query_tile if step == 0 else state * grown
-            asking = narrow(asked, dtype)
+            tl.debug_barrier()
+            keep_tile(outputs, step, value_columns, d_attended, BLOCK_Q)
+            tl.store(deltas + step * BLOCK_Q + local, delta)
             d_narrow = narrow(d_attended, dtype)
+            asked = query_of_step(
+                q_base, states, step, grown, rows, valid, columns, query_strides, D, BLOCK_Q, NORMALIZED
+            )
+            asking = narrow(asked, dtype)
             d_asking = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             for start in range(low, high, BLOCK_K):
                 keys = start + tl.arange(0, BLOCK_K)
@@ -249,27 +278,18 @@ def backward_kernel(
                 d_spans += tl.sum(tl.where(edge, d_score / (RAMP * tl.where(edge, weight, 1.0)), 0.0), 1)
                 d_product = product_gradient(d_score, capped, sharp, scale, softcap)
                 d_asking = tl.dot(narrow(d_product, dtype), k_tile, d_asking, input_precision=PRECISION)
-            tl.debug_barrier()
-            store_tile(
-                outputs + step * BLOCK_Q * BLOCK_DV, local, all_rows, value_columns, BLOCK_DV, 1, BLOCK_DV, d_attended
-            )
-            tl.store(deltas + step * BLOCK_Q + local, delta)
 
             if step > 0:
                 # Back through qᵗ = update(qᵗ⁻¹, oᵗ⁻¹·F)
-                before = load_tile(
-                    outputs + (step - 1) * BLOCK_Q * BLOCK_DV, local, all_rows, value_columns, BLOCK_DV, 1, BLOCK_DV
-                )
+                before = kept_tile(outputs, step - 1, value_columns, BLOCK_Q)
                 if NORMALIZED:
                     fed = fed_back(before, f_base, columns, value_columns, matrix_strides, D, DV, PRECISION)
+                    state = kept_tile(states, step, columns, BLOCK_Q)
                     along = tl.sum(d_asking * state, 1)
                     d_size += along * gains
                     d_gains += along * size
-                    base = first
-                    if not ANCHORED:
-                        base = load_tile(
-                            states + (step - 1) * BLOCK_Q * BLOCK_D, local, all_rows, columns, BLOCK_D, 1, BLOCK_D
-                        )
+                    # The first state is the direction of the query itself
+                    base = kept_tile(states, 0 if ANCHORED else step - 1, columns, BLOCK_Q)
                     fed_inverse = inverse_size(fed, D)
                     direction = fed * fed_inverse
                     mixed = (1.0 - alpha) * base + alpha * direction
@@ -303,8 +323,10 @@ def backward_kernel(
 
         if d_query is not None:
             if NORMALIZED:
-                d_asking += unit_gradient(carried, first, inverse_size_for_gradient(query_tile, D), D)
-                d_asking += query_tile * (d_size / (D * size))[:, None]
+                itself = load_tile(q_base, rows, valid, columns, query_strides[2], query_strides[3], D).to(tl.float32)
+                direction = kept_tile(states, 0, columns, BLOCK_Q)
+                d_asking += unit_gradient(carried, direction, inverse_size_for_gradient(itself, D), D)
+                d_asking += itself * (d_size / (D * size))[:, None]
             else:
                 d_asking += carried
             store_tile(d_query + (batch * heads + head) * length * D, rows, valid, columns, D, 1, D, d_asking)
@@ -329,16 +351,11 @@ def backward_kernel(
                 d_v_tile = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
                 d_bias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
                 for step in range(0, count):
-                    asked = load_tile(states + step * BLOCK_Q * BLOCK_D, local, all_rows, columns, BLOCK_D, 1, BLOCK_D)
-                    if NORMALIZED:
-                        asked = query_tile if step == 0 else asked * grown
-                    asking = narrow(asked, dtype)
-                    d_narrow = narrow(
-                        load_tile(
-                            outputs + step * BLOCK_Q * BLOCK_DV, local, all_rows, value_columns, BLOCK_DV, 1, BLOCK_DV
-                        ),
-                        dtype,
+                    asked = query_of_step(
+                        q_base, states, step, grown, rows, valid, columns, query_strides, D, BLOCK_Q, NORMALIZED
                     )
+                    asking = narrow(asked, dtype)
+                    d_narrow = narrow(kept_tile(outputs, step, value_columns, BLOCK_Q), dtype)
                     normalizer = tl.load(normalizers + step * BLOCK_Q + local)
                     delta = tl.load(deltas + step * BLOCK_Q + local)
                     weights, _, capped = attention_weights(
@@ -351,9 +368,7 @@ def backward_kernel(
                         d_bias_tile += d_score
                     d_product = narrow(product_gradient(d_score, capped, sharp, scale, softcap), dtype)
                     d_k_tile = tl.dot(tl.trans(d_product), asking, d_k_tile, input_precision=PRECISION)
-                    d_v_tile = tl.dot(
-                        tl.trans(narrow(weights, dtype)), d_narrow, d_v_tile, input_precision=PRECISION
-                    )
+                    d_v_tile = tl.dot(tl.trans(narrow(weights, dtype)), d_narrow, d_v_tile, input_precision=PRECISION)
                 if d_key is not None:
                     places = (kv_row + keys)[:, None] * D + columns[None, :]
                     tl.atomic_add(

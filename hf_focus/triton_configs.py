@@ -57,6 +57,9 @@ FORWARD = (
     Config(16, 32, 8),
 )
 
+# Triton's interpreter has no speed to tune for; small blocks give small problems several blocks and tiles
+INTERPRETER = Config(16, 32, 4)
+
 
 def padded(size: int) -> int:
     """A head size as the kernels hold it: a power of two, 16 at least."""

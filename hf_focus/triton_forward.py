@@ -130,8 +130,8 @@ def forward_kernel(
         for i in tl.static_range(TILES):
             held = low + i * BLOCK_K + tl.arange(0, BLOCK_K)
             exist = held < high
-            keys = keys + (load_tile(key, held, exist, columns, key_strides[2], key_strides[3], D),)
-            values = values + (load_tile(value, held, exist, value_columns, value_strides[2], value_strides[3], DV),)
+            keys += (load_tile(key, held, exist, columns, key_strides[2], key_strides[3], D),)
+            values += (load_tile(value, held, exist, value_columns, value_strides[2], value_strides[3], DV),)
 
     first = load_tile(query, rows, valid, columns, query_strides[2], query_strides[3], D).to(tl.float32)
     alpha, gains = head_number(mix, head, 0.5), head_number(gain, head, 1.0)
@@ -161,7 +161,7 @@ def forward_kernel(
                 )  # fmt: skip
             else:
                 score = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
-            scores = scores + (score,)
+            scores += (score,)
             peak = tl.maximum(peak, tl.max(score, 1))
         # Rows that see nothing must not subtract −inf from −inf
         peak = tl.where(peak == float("-inf"), 0.0, peak)

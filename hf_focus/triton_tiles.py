@@ -24,7 +24,7 @@ def load_tile(base, rows, valid, columns, row_stride, column_stride, SIZE: tl.co
     """Rows of a (rows, SIZE) matrix, 0 in rows that are not `valid` and in columns >= SIZE."""
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
     seen = valid[:, None]
-    if SIZE != columns.shape[0]:
+    if columns.shape[0] != SIZE:
         seen = seen & (columns < SIZE)[None, :]
     return tl.load(pointers, mask=seen, other=0.0)
 
@@ -34,7 +34,7 @@ def store_tile(base, rows, valid, columns, row_stride, column_stride, SIZE: tl.c
     """`tile` into the valid rows of a (rows, SIZE) matrix, in the matrix's dtype."""
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
     seen = valid[:, None]
-    if SIZE != columns.shape[0]:
+    if columns.shape[0] != SIZE:
         seen = seen & (columns < SIZE)[None, :]
     tl.store(pointers, narrow(tile, base.dtype.element_ty), mask=seen)
 
@@ -49,17 +49,20 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def key_range(
-    span, valid, first_position, last_position, num_keys, MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr
+    span,
+    valid,
+    first_position,
+    last_position,
+    num_keys,
+    MAX_SPAN: tl.constexpr,
+    RAMP: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """The keys [low, high) that any query of a block can reach, from the spans that its queries really have."""
     widest = tl.minimum(tl.max(tl.where(valid, span, 0.0)), 1.0 * MAX_SPAN)
     reach = tl.minimum(tl.ceil(RAMP + widest).to(tl.int32), MAX_SPAN)
     low = tl.maximum(first_position - reach + 1, 0)
-    if CAUSAL:
-        high = last_position + 1
-    else:
-        high = last_position + reach
-    return low, tl.minimum(high, num_keys)
+    return low, tl.minimum(last_position + (1 if CAUSAL else reach), num_keys)
 
 
 @triton.jit
@@ -96,20 +99,23 @@ def masked_scores(
     capped = product * scale
     if softcap is not None:
         capped = softcap * tanh(capped / softcap)
-    scores = capped * sharpness
+        scores = capped * (sharpness * LOG2_E)
+    else:
+        # One factor a row
+        scores = product * (sharpness * (scale * LOG2_E))
     visible = weight > 0
     if bias is not None:
         places = bias + rows.to(tl.int64) * bias_strides[2] + columns.to(tl.int64) * bias_strides[3]
-        scores += tl.load(places, mask=visible, other=0.0).to(tl.float32)
+        scores += tl.load(places, mask=visible, other=0.0).to(tl.float32) * LOG2_E
     if mask is not None:
         places = mask + rows.to(tl.int64) * mask_strides[2] + columns.to(tl.int64) * mask_strides[3]
         masked = tl.load(places, mask=visible, other=0)
         if ADDITIVE_MASK:
-            scores += masked.to(tl.float32)
+            scores += masked.to(tl.float32) * LOG2_E
             visible = visible & (masked.to(tl.float32) > HIDDEN)
         else:
             visible = visible & (masked != 0)
-    return tl.where(visible, scores * LOG2_E, float("-inf")), capped
+    return tl.where(visible, scores, float("-inf")), capped
 
 
 @triton.jit
