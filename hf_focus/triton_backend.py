@@ -146,7 +146,7 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
         "ANCHORED": p.anchored,
         "ADDITIVE_MASK": additive,
         # One TF32 product has 10 bits; three make up for nearly all of float32's 23
-        "PRECISION": "tf32x3",
+        "PRECISION": "widened" if INTERPRETED else "tf32x3",
     }
 
 

@@ -14,6 +14,7 @@ except ImportError as missing:
 
 from .triton_tiles import (
     TINY,
+    dot,
     fed_back,
     head_number,
     inverse_size,
@@ -53,7 +54,7 @@ def attention_weights(
     PRECISION: tl.constexpr,
 ):
     """p = 2^(score − normalizer)·m of one tile, with m and the scores before the sharpness."""
-    product = tl.dot(asking, tl.trans(tile), input_precision=PRECISION)
+    product = dot(asking, tl.trans(tile), None, PRECISION)
     weight = span_weight((rows + offset)[:, None] - at, spans[:, None], at < high, MAX_SPAN, RAMP, CAUSAL)
     score, capped = masked_scores(
         product, weight, rows[:, None], at, sharp[:, None], mask, mask_strides, bias, bias_strides, scale, softcap,
@@ -185,7 +186,7 @@ def backward_kernel(
                 keys = start + tl.arange(0, BLOCK_K)
                 at = keys[None, :]
                 k_tile = load_tile(k_base, keys, keys < high, columns, key_strides[2], key_strides[3], D)
-                product = tl.dot(asking, tl.trans(k_tile), input_precision=PRECISION)
+                product = dot(asking, tl.trans(k_tile), None, PRECISION)
                 weight = span_weight((rows + offset)[:, None] - at, spans[:, None], at < high, MAX_SPAN, RAMP, CAUSAL)
                 score, _ = masked_scores(
                     product, weight, rows[:, None], at, sharp[:, None], mask_base, mask_strides, bias_base,
@@ -197,7 +198,7 @@ def backward_kernel(
                 share = tl.exp2(score - zero[:, None]) * weight
                 total = total * fade + tl.sum(share, 1)
                 v_tile = load_tile(v_base, keys, keys < high, value_columns, value_strides[2], value_strides[3], DV)
-                summed = tl.dot(narrow(share, dtype), v_tile, summed * fade[:, None], input_precision=PRECISION)
+                summed = dot(narrow(share, dtype), v_tile, summed * fade[:, None], PRECISION)
                 peak = higher
             attended = summed / tl.where(total == 0, 1.0, total)[:, None]
             seen = total > 0
@@ -270,14 +271,14 @@ def backward_kernel(
                     asking, k_tile, at, high, rows, offset, spans, sharp, normalizer, mask_base, mask_strides,
                     bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
                 )  # fmt: skip
-                d_weights = tl.dot(d_narrow, tl.trans(v_tile), input_precision=PRECISION)
+                d_weights = dot(d_narrow, tl.trans(v_tile), None, PRECISION)
                 d_score = weights * (d_weights - delta[:, None])
                 d_sharp += tl.sum(d_score * capped, 1)
-                # On the edge 0 < m < 1, d(log m)/dz = 1/(ramp·m)
-                edge = (weight > 0) & (weight < 1)
+                # On the edge d(log m)/dz = 1/(ramp·m); at d = z, where it begins, the reference counts it too
+                edge = (weight > 0) & (tl.abs((rows + offset)[:, None] - at) >= spans[:, None])
                 d_spans += tl.sum(tl.where(edge, d_score / (RAMP * tl.where(edge, weight, 1.0)), 0.0), 1)
                 d_product = product_gradient(d_score, capped, sharp, scale, softcap)
-                d_asking = tl.dot(narrow(d_product, dtype), k_tile, d_asking, input_precision=PRECISION)
+                d_asking = dot(narrow(d_product, dtype), k_tile, d_asking, PRECISION)
 
             if step > 0:
                 # Back through qᵗ = update(qᵗ⁻¹, oᵗ⁻¹·F)
@@ -311,9 +312,9 @@ def backward_kernel(
                         f_base, value_columns, value_columns < DV, columns, matrix_strides[1], matrix_strides[2], D
                     )
                     d_fed = narrow(d_fed, dtype)
-                    d_attended = tl.dot(d_fed, tl.trans(f_tile), input_precision=PRECISION)
+                    d_attended = dot(d_fed, tl.trans(f_tile), None, PRECISION)
                     if d_matrix is not None:
-                        d_tile = tl.dot(tl.trans(narrow(before, dtype)), d_fed, input_precision=PRECISION)
+                        d_tile = dot(tl.trans(narrow(before, dtype)), d_fed, None, PRECISION)
                         places = head * DV * D + value_columns[:, None] * D + columns[None, :]
                         exists = (value_columns < DV)[:, None] & (columns < D)[None, :]
                         tl.atomic_add(d_matrix + places, d_tile, mask=exists, sem="relaxed")
@@ -362,13 +363,13 @@ def backward_kernel(
                         asking, k_tile, at, high, rows, offset, spans, sharp, normalizer, mask_base, mask_strides,
                         bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
                     )  # fmt: skip
-                    d_weights = tl.dot(d_narrow, tl.trans(v_tile), input_precision=PRECISION)
+                    d_weights = dot(d_narrow, tl.trans(v_tile), None, PRECISION)
                     d_score = weights * (d_weights - delta[:, None])
                     if d_bias is not None:
                         d_bias_tile += d_score
                     d_product = narrow(product_gradient(d_score, capped, sharp, scale, softcap), dtype)
-                    d_k_tile = tl.dot(tl.trans(d_product), asking, d_k_tile, input_precision=PRECISION)
-                    d_v_tile = tl.dot(tl.trans(narrow(weights, dtype)), d_narrow, d_v_tile, input_precision=PRECISION)
+                    d_k_tile = dot(tl.trans(d_product), asking, d_k_tile, PRECISION)
+                    d_v_tile = dot(tl.trans(narrow(weights, dtype)), d_narrow, d_v_tile, PRECISION)
                 if d_key is not None:
                     places = (kv_row + keys)[:, None] * D + columns[None, :]
                     tl.atomic_add(

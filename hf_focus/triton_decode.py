@@ -143,7 +143,7 @@ def decode_kernel(
                 asking = state
             asking = narrow(asking, dtype).to(tl.float32)
 
-    tl.store(iterations + row, step.to(tl.int64))
+    tl.store(iterations + row, step)
     if readout is not None:
         while step < max_iterations:
             result += tl.load(readout + step * readout_strides[3]).to(tl.float32) * attended

@@ -9,6 +9,7 @@ except ImportError as missing:
 from .triton_tiles import (
     LN_2,
     TINY,
+    dot,
     fed_back,
     head_number,
     inverse_size,
@@ -153,7 +154,7 @@ def forward_kernel(
             at = low + i * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
             if low + i * BLOCK_K < high:
                 tile = band_tile(keys, key, i, low, high, columns, key_strides, D, BLOCK_K, RESIDENT)
-                product = tl.dot(asking, tl.trans(tile), input_precision=PRECISION)
+                product = dot(asking, tl.trans(tile), None, PRECISION)
                 weight = span_weight(positions - at, spans, at < high, MAX_SPAN, RAMP, CAUSAL)
                 score, _ = masked_scores(
                     product, weight, rows[:, None], at, sharp, mask, mask_strides, bias, bias_strides, scale, softcap,
@@ -174,7 +175,7 @@ def forward_kernel(
                 share = tl.exp2(scores[i] - peak[:, None]) * weight
                 total += tl.sum(share, 1)
                 tile = band_tile(values, value, i, low, high, value_columns, value_strides, DV, BLOCK_K, RESIDENT)
-                summed = tl.dot(narrow(share, dtype), tile, summed, input_precision=PRECISION)
+                summed = dot(narrow(share, dtype), tile, summed, PRECISION)
         previous = attended
         attended = summed / tl.where(total == 0, 1.0, total)[:, None]
 
@@ -217,7 +218,7 @@ def forward_kernel(
             at = low + i * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
             if low + i * BLOCK_K < high:
                 tile = band_tile(keys, key, i, low, high, columns, key_strides, D, BLOCK_K, RESIDENT)
-                product = tl.dot(asking, tl.trans(tile), input_precision=PRECISION)
+                product = dot(asking, tl.trans(tile), None, PRECISION)
                 weight = span_weight(positions - at, spans, at < high, MAX_SPAN, RAMP, CAUSAL)
                 score, _ = masked_scores(
                     product, weight, rows[:, None], at, sharp, mask, mask_strides, bias, bias_strides, scale, softcap,

@@ -48,6 +48,18 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """a·b, added to `total` unless that is None, in float32.
+
+    PRECISION: of float32 inputs, as `tl.dot` knows it, or "widened": the exact product of the rounded numbers, for
+    Triton's interpreter, which multiplies the bits of bfloat16 numbers as if they were integers.
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def key_range(
     span,
     valid,
@@ -152,7 +164,7 @@ def fed_back(
     """oᵗ·F, (rows, columns). `matrix` of one head, or None: the identity, where both paddings are equally wide."""
     if matrix is not None:
         tile = load_tile(matrix, value_columns, value_columns < DV, columns, matrix_strides[1], matrix_strides[2], D)
-        return tl.dot(narrow(output, matrix.dtype.element_ty), tile, input_precision=PRECISION)
+        return dot(narrow(output, matrix.dtype.element_ty), tile, None, PRECISION)
     return tl.where((columns < D)[None, :], output, 0.0)
 
 
