@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import FocusError, bad_value
 from .problem import FocusOutput, FocusProblem
-from .triton_configs import INTERPRETER, Config, backward_config, decode_config, forward_configs, padded
+from .triton_configs import INTERPRETER, Chip, Config, backward_config, decode_config, forward_configs, padded
 
 try:
     import triton
@@ -28,6 +28,7 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
+LARGEST_FLOAT32_HEAD = 128
 
 # The fastest configuration by shape, found on first use
 _TUNED: dict[tuple[Any, ...], Config] = {}
@@ -53,9 +54,18 @@ def triton_refusal(problem: FocusProblem) -> str | None:
     for name, tensor in (("query", q), ("value", v)):
         if not 1 <= tensor.shape[-1] <= LARGEST_HEAD:
             return bad_value(f"{name}.shape[-1]", tensor.shape[-1], f"a head size from 1 to {LARGEST_HEAD}")
-    if q.shape[2] > 1 and not forward_configs(problem, _shared_memory(q.device)):
+        if q.dtype == torch.float32 and tensor.shape[-1] > LARGEST_FLOAT32_HEAD:
+            accepted = (
+                f"up to {LARGEST_FLOAT32_HEAD} in float32 (F does not fit on chip), up to {LARGEST_HEAD} in 16 bits"
+            )
+            return bad_value(f"{name}.shape[-1]", tensor.shape[-1], accepted)
+    chip = _chip(q.device)
+    if q.shape[2] > 1 and not forward_configs(problem, chip):
         accepted = "a span whose scores fit on chip: about 2,500 tokens, half of that if not causal"
         return bad_value("max_span", problem.max_span, accepted)
+    if _needs_gradient(problem) and backward_config(problem, chip) is None:
+        accepted = f"less, on a GPU with {chip.shared_memory} bytes of shared memory"
+        return bad_value("query.shape[-1]", q.shape[-1], accepted)
     if _needs_gradient(problem) and torch.are_deterministic_algorithms_enabled():
         return "The fused backend adds gradients in no fixed order; torch.use_deterministic_algorithms forbids that."
     return None
@@ -80,11 +90,12 @@ def _needs_gradient(p: FocusProblem) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of on-chip memory that a program may have."""
+def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return 227 * 1024
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+        return Chip(227 * 1024, True)
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return Chip(shared_memory, torch.version.hip is None and properties.major in (9, 10))
 
 
 def _on_device(x: Tensor) -> Any:
@@ -195,7 +206,7 @@ def _forward(p: FocusProblem) -> tuple[Tensor | None, ...]:
 def _tuned(p: FocusProblem, launch: Any) -> Config:
     """The fastest forward configuration for this kind of problem, measured once. Forward may run any number of times;
     backward, which adds into memory, may not, and is not measured."""
-    configs = forward_configs(p, _shared_memory(p.query.device))
+    configs = forward_configs(p, _chip(p.query.device))
     if INTERPRETED:
         return INTERPRETER
     if len(configs) == 1:
@@ -300,7 +311,7 @@ class _Fused(torch.autograd.Function):
         p = _with(ctx.settings, tensors, mask)
         needed = zip(p.TENSORS, ctx.needs_input_grad[1:], strict=True)
         wanted = {name for name, need in needed if need and getattr(p, name) is not None}
-        config = INTERPRETER if INTERPRETED else backward_config(p)
+        config = INTERPRETER if INTERPRETED else backward_config(p, _chip(p.query.device))
         arguments, programs = backward_arguments(p, iterations, grad, wanted, config)
         if programs:
             with _on_device(p.query):

@@ -153,8 +153,11 @@ def backward_kernel(
         if bias is not None:
             bias_base = bias + batch * bias_strides[0] + head * bias_strides[1] + bias_strides[4]
 
+        # Rows beyond the last query see nothing: for them no mask may be read
         spans = tl.load(
-            span + batch * span_strides[0] + head * span_strides[1] + rows * span_strides[2], mask=valid, other=0.0
+            span + batch * span_strides[0] + head * span_strides[1] + rows * span_strides[2],
+            mask=valid,
+            other=float("-inf"),
         ).to(tl.float32)
         sharp = tl.load(
             sharpness + batch * sharpness_strides[0] + head * sharpness_strides[1] + rows * sharpness_strides[2],

@@ -119,7 +119,8 @@ def forward_kernel(
     if bias is not None:
         bias += batch * bias_strides[0] + head * bias_strides[1] + bias_strides[4]
 
-    spans = tl.load(span + rows * span_strides[2], mask=valid, other=0.0).to(tl.float32)
+    # Rows beyond the last query see nothing: for them no mask may be read
+    spans = tl.load(span + rows * span_strides[2], mask=valid, other=float("-inf")).to(tl.float32)
     sharp = tl.load(sharpness + rows * sharpness_strides[2], mask=valid, other=0.0).to(tl.float32)[:, None]
     first_position = block * BLOCK_Q + offset
     last_position = tl.minimum(block * BLOCK_Q + BLOCK_Q, length) - 1 + offset

@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hf_focus import triton_backend
 from hf_focus.triton_backend import focus_triton, triton_refusal
-from hf_focus.triton_configs import FORWARD, INTERPRETER, Config, backward_config, forward_configs
+from hf_focus.triton_configs import FORWARD, INTERPRETER, Chip, Config, backward_config, forward_configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not triton_backend.INTERPRETED:
@@ -110,6 +110,25 @@ def assert_equals_reference(case: Case) -> FocusOutput:
     return result
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_zero_by_luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written yet is NaN."""
+    empty = torch.empty
+
+    def poisoned(*shape: Any, **options: Any) -> Tensor:
+        x = empty(*shape, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() and x.device.type != "meta" else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def among_nans(x: Tensor) -> Tensor:
+    """The same numbers as a view into a larger tensor, which holds NaN before and after every row and column."""
+    return torch.nn.functional.pad(x.transpose(1, 2), (3, 3, 0, 0, 3, 20), value=float("nan"))[..., 3:-3].transpose(
+        1, 2
+    )[:, :, 3:-20]
+
+
 @pytest.fixture(params=[False, True], ids=["reloaded", "resident"])
 def resident(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """On a GPU the problem decides."""
@@ -119,7 +138,7 @@ def resident(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @given(cases(longest=30, widest=24))
 # Interpreted examples are too slow to be shrunk
-@settings(examples(9), phases=[Phase.explicit, Phase.generate])
+@settings(examples(6), phases=[Phase.explicit, Phase.generate])
 def test_equals_reference(case: Case) -> None:
     # A sum of two dimensions is often nearly nothing, and then its direction is rounding
     case = replace(case, dim=case.dim + 6, value_dim=case.value_dim + 5)
@@ -209,7 +228,7 @@ def test_queries_that_see_nothing() -> None:
 
 @pytest.mark.parametrize("feedback", ["normalized", "additive"])
 def test_zero_vectors_have_finite_gradients(feedback: str) -> None:
-    arguments = on_device(with_options(BASE, feedback=feedback, max_iterations=10).arguments())
+    arguments = on_device(with_options(BASE, feedback=feedback, max_iterations=6).arguments())
     for name, part in (("query", slice(0, 5)), ("key", slice(10, 30)), ("value", slice(10, 30))):
         arguments[name][:, :, part] = 0
     result, grads = solve_with_gradients(arguments, "triton")
@@ -259,19 +278,18 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, length: int) -> No
 
 @pytest.mark.parametrize("length", [1, 21])
 def test_views_are_read_in_place(length: int) -> None:
-    arguments = on_device(replace(BASE, length=length, mask="bool").arguments())
+    arguments = on_device(replace(BASE, length=length, mask="additive", bias=True).arguments())
     expected, wanted = solve_with_gradients(arguments, "triton")
     seen: list[dict[str, Any]] = []
     given = triton_backend.shared_arguments
-    for name in ("query", "key", "value", "readout_weights", "attention_mask"):
-        view = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
-        # And rows that are not whole: every second column of a wider matrix
-        arguments[name] = torch.stack([view, view], dim=-1).flatten(-2)[..., ::2]
-        assert not arguments[name].is_contiguous()
+    for name in ("query", "key", "value", "readout_weights", "attention_mask", "position_bias"):
+        arguments[name] = among_nans(arguments[name])
+    assert not any(arguments[name].is_contiguous() for name in ("query", "key", "value", "readout_weights"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "shared_arguments", lambda p: seen.append(given(p)) or seen[-1])
         result, grads = solve_with_gradients(arguments, "triton")
-    names = {"query": "query", "key": "key", "value": "value", "readout": "readout_weights", "mask": "attention_mask"}
+    names = {"readout": "readout_weights", "mask": "attention_mask", "bias": "position_bias"}
+    names |= {name: name for name in ("query", "key", "value")}
     for call in seen:
         for there, here in names.items():
             assert call[there].data_ptr() == arguments[here].data_ptr()
@@ -348,6 +366,7 @@ def test_nothing_kept_for_backward_grows_with_iterations() -> None:
     [
         ({"dtype": torch.float64}, ["`query.dtype` got torch.float64", "torch.bfloat16"]),
         ({"dim": 300, "value_dim": 16}, ["`query.shape[-1]` got 300", "256"]),
+        ({"dim": 160, "value_dim": 16}, ["`query.shape[-1]` got 160", "up to 128 in float32"]),
         ({"dim": 16, "value_dim": 257}, ["`value.shape[-1]` got 257", "256"]),
         ({"max_span": 4000, "num_keys": 9000}, ["`max_span` got 4000", "about 2,500"]),
     ],
@@ -392,20 +411,19 @@ def test_refuses_a_second_derivative() -> None:
 
 
 def test_configurations_fit() -> None:
-    """Spans up to 1,024 have one whatever the head size and dtype; 16-bit types keep what fits on chip."""
-    onchip = {(span, dim) for span in (1, 64, 256) for dim in (32, 64, 96, 128)} | {(512, 32), (512, 64)}
-    onchip |= {(1, 256)}
+    """Spans up to 1,024 have one, whatever the head size; 16-bit types keep on chip what fits."""
+    on_chip = {(span, dim) for span in (1, 64, 256) for dim in (32, 64, 96, 128)} | {(512, 32), (512, 64)}
+    hopper, older = Chip(227 * 1024, True), Chip(163 * 1024, False)
     for dtype in (torch.float32, torch.bfloat16):
-        for dim in (32, 64, 96, 128, 256):
+        for dim in (32, 64, 96, 128, 256) if dtype == torch.bfloat16 else (32, 64, 96, 128):
             for span in (1, 64, 256, 512, 1024):
                 shape = {"length": 2, "num_keys": 3000, "dim": dim, "value_dim": dim, "max_span": span, "kv_heads": 1}
                 p = make(Case(groups=1, **shape), dtype)
-                configs = forward_configs(p, 227 * 1024)
-                assert configs
-                assert configs[0].resident == (dtype == torch.bfloat16 and (span, dim) in onchip)
-                band = configs[0].block_q + span - 1
-                assert configs[0].tiles(p) * configs[0].block_k >= band
-                assert backward_config(p).block_q >= 16
+                best = forward_configs(p, hopper)[0]
+                assert best.resident == (dtype == torch.bfloat16 and (span, dim) in on_chip)
+                assert best.tiles(p) * best.block_k >= best.block_q + span - 1
+                assert backward_config(p, hopper).block_q >= 16
+                assert not any(config.resident for config in forward_configs(p, older))
     assert all(config.block_q >= 16 and config.block_k >= 16 for config in FORWARD)
 
 

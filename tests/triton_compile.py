@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from hf_focus import triton_backend
 from hf_focus.problem import FocusProblem
-from hf_focus.triton_configs import Config, backward_config, decode_config
+from hf_focus.triton_configs import Chip, Config, backward_config, decode_config
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 
@@ -114,7 +114,7 @@ def main() -> None:
         "loads_in_loop": tile_loads(loop),
         "forward_shared": kernel.metadata.shared,
         "decode_shared": decode(problem(1, dim, span)).metadata.shared,
-        "backward_shared": backward(p, backward_config(p)).metadata.shared,
+        "backward_shared": backward(p, backward_config(p, Chip(227 * 1024, True))).metadata.shared,
     }
     print(json.dumps(result))
 
