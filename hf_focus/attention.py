@@ -7,7 +7,6 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .backends import choose
 from .band_mask import BandMask
 from .differentiable import run
 from .masks import gather_reach
@@ -128,4 +127,4 @@ def focus_attention(
     if not torch.compiler.is_compiling() and (kept := _KEPT.get()) is not None:
         kept.append(problem)
     with without_autocast(query):
-        return run(problem, choose(backend, problem))
+        return run(problem, backend)

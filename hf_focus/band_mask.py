@@ -81,13 +81,14 @@ class BandMask:
         visible = self._see(queries, queries)
         return visible.expand(torch.broadcast_shapes(visible.shape, queries.shape))[:, 0, 0]
 
-    def read_band(self, width: int) -> Tensor:
-        """What each query may see of the `width` keys that end with its own: (B or 1, 1, T, width) bool.
+    def read_band(self, width: int, ahead: int = 0) -> Tensor:
+        """What each query may see of the `width` keys that end with its own, and of the `ahead` keys that follow:
+        (B or 1, 1, T, width + ahead) bool.
 
         Column j is the key `width − 1 − j` tokens before the query; False where there is none.
         """
         queries = self._queries(slice(None))
-        keys = queries - (width - 1) + torch.arange(width, device=self.device)
+        keys = queries - (width - 1) + torch.arange(width + ahead, device=self.device)
         exists = (keys >= self.key_offset) & (keys < self.key_offset + self.shape[3])
         return self._see(queries, keys.clamp(self.key_offset, self.key_offset + self.shape[3] - 1)) & exists
 

@@ -34,9 +34,12 @@ def solve(problem: FocusProblem, size: int | None = None) -> FocusOutput:
 
 
 def differentiate(
-    problem: FocusProblem, grad: Tensor, wanted: list[str], size: int | None = None
+    problem: FocusProblem, iterations: Tensor, grad: Tensor, wanted: list[str], size: int | None = None
 ) -> dict[str, Tensor]:
-    """Gradients of the tensors `wanted`, by name, in their dtypes, given that of the output."""
+    """Gradients of the tensors `wanted`, by name, in their dtypes, given that of the output.
+
+    `iterations`, which `solve` found, are found again.
+    """
     dtype, shared = problem.compute_dtype, Workspace(problem)
     problem = changed(problem, need_statistics=False)
     # Many cells add into one key: sums are kept at full precision. Each query is of one cell, which fills its place

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, Backend
+from .backends import Backend, check_name, choose, is_training
 from .band_mask import BandMask
 from .errors import FocusError
 from .problem import FocusOutput, FocusProblem, changed
@@ -41,11 +41,11 @@ class _Focus(torch.autograd.Function):
         problem = changed(problem, **dict(zip(FocusProblem.TENSORS, tensors, strict=True)))
         mask = problem.attention_mask
         ctx.lazy_mask, mask = (None, mask) if isinstance(mask, Tensor) else (mask, None)
-        ctx.save_for_backward(*tensors, mask)
+        solved = backend.solve(problem)
+        ctx.save_for_backward(*tensors, mask, solved.iterations)
         # The context must not hold the tensors a second time, out of autograd's sight
         ctx.settings = changed(problem, **dict.fromkeys(_TENSORS))
         ctx.backend = backend
-        solved = backend.solve(problem)
         ctx.mark_non_differentiable(*(x for x in solved[1:] if x is not None))
         return tuple(solved)
 
@@ -55,12 +55,12 @@ class _Focus(torch.autograd.Function):
             raise FocusError(
                 f"backend {ctx.backend.name!r} has no second derivative (create_graph=True); use 'reference'."
             )
-        *tensors, mask = ctx.saved_tensors
+        *tensors, mask, iterations = ctx.saved_tensors
         mask = ctx.lazy_mask if mask is None else mask
         problem = changed(ctx.settings, **dict(zip(_TENSORS, (*tensors, mask), strict=True)))
         names = FocusProblem.TENSORS
         wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
-        grads = ctx.backend.differentiate(problem, grad, wanted)
+        grads = ctx.backend.differentiate(problem, iterations, grad, wanted)
         return (None, None, *(grads.get(name) for name in names))
 
 
@@ -73,18 +73,18 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(backend: str, training: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(arguments)
-    output, entropy, coverage, iterations = BACKENDS[backend].solve(problem)
+    output, entropy, coverage, iterations = choose(backend, problem, training).solve(problem)
     if entropy is None:
         entropy, coverage = _empty(output), _empty(output)
     return output, entropy, coverage, iterations
 
 
-def _backward(grad: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
+def _backward(grad: Tensor, iterations: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
     problem = _problem(arguments)
     names = [name for name, needed in zip(FocusProblem.TENSORS, wanted, strict=True) if needed]
-    grads = BACKENDS[backend].differentiate(problem, grad, names)
+    grads = choose(backend, problem, training=True).differentiate(problem, iterations, grad, names)
     return [grads[name] for name in names]
 
 
@@ -92,18 +92,18 @@ _forward_op = torch.library.custom_op(
     "hf_focus::attention",
     _forward,
     mutates_args=(),
-    schema=f"(str backend, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(str backend, bool training, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "hf_focus::attention_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor grad, bool[] wanted, str backend, {_ARGUMENTS}) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor iterations, bool[] wanted, str backend, {_ARGUMENTS}) -> Tensor[]",
 )
 
 
 @_forward_op.register_fake
-def _(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(backend: str, training: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(arguments)
     shape, query = problem.query.shape[:3], problem.query
     output = query.new_empty(*shape, problem.value.shape[-1])
@@ -113,40 +113,44 @@ def _(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
+def _(grad: Tensor, iterations: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
     tensors = zip(arguments, wanted, strict=False)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.backend, arguments = inputs[0], inputs[1:]
-    ctx.save_for_backward(*arguments[: len(_TENSORS)])
+    ctx.backend, arguments = inputs[0], inputs[2:]
+    ctx.save_for_backward(*arguments[: len(_TENSORS)], output[3])
     ctx.settings = arguments[len(_TENSORS) :]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[1 : 1 + len(FocusProblem.TENSORS)])
-    grads = iter(_backward_op(grad, wanted, ctx.backend, *ctx.saved_tensors, *ctx.settings))
-    return (None, *(next(grads) if needed else None for needed in wanted), None, *(None for _ in ctx.settings))
+    wanted = list(ctx.needs_input_grad[2 : 2 + len(FocusProblem.TENSORS)])
+    *tensors, iterations = ctx.saved_tensors
+    grads = iter(_backward_op(grad, iterations, wanted, ctx.backend, *tensors, *ctx.settings))
+    return (None, None, *(next(grads) if needed else None for needed in wanted), None, *(None for _ in ctx.settings))
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_keep)
 
 
-def run(problem: FocusProblem, backend: Backend) -> FocusOutput:
-    """Solve `problem` with `backend`, differentiably.
+def run(problem: FocusProblem, name: str) -> FocusOutput:
+    """Solve `problem` with the backend `name`, or the best one for `"auto"`, differentiably.
 
-    Under `torch.compile` a backend with a backward of its own is a single node of the graph, `hf_focus::attention`,
-    which runs as in eager mode; the reference is traced.
+    Under `torch.compile` this is a single node of the graph, `hf_focus::attention`, which runs as in eager mode and
+    chooses then; the reference is traced.
     """
+    check_name(name)
+    training = is_training(problem)
+    if torch.compiler.is_compiling() and name != "reference":
+        if isinstance(problem.attention_mask, BandMask):
+            problem = changed(problem, attention_mask=problem.attention_mask.dense())
+        arguments = (getattr(problem, name) for name in (*_TENSORS, *_SETTINGS))
+        output, entropy, coverage, iterations = _forward_op(name, training, *arguments)
+        statistics = (entropy, coverage) if problem.need_statistics else (None, None)
+        return FocusOutput(output, *statistics, iterations)
+    backend = choose(name, problem, training)
     if backend.differentiate is None:
         return backend.solve(problem)
-    if not torch.compiler.is_compiling():
-        return FocusOutput(*_Focus.apply(problem, backend, *(getattr(problem, name) for name in FocusProblem.TENSORS)))
-    if isinstance(problem.attention_mask, BandMask):
-        problem = changed(problem, attention_mask=problem.attention_mask.dense())
-    arguments = (getattr(problem, name) for name in (*_TENSORS, *_SETTINGS))
-    output, entropy, coverage, iterations = _forward_op(backend.name, *arguments)
-    statistics = (entropy, coverage) if problem.need_statistics else (None, None)
-    return FocusOutput(output, *statistics, iterations)
+    return FocusOutput(*_Focus.apply(problem, backend, *(getattr(problem, name) for name in FocusProblem.TENSORS)))

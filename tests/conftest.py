@@ -6,7 +6,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+# Read once, when triton is imported: without a GPU its kernels run interpreted, on CPU tensors
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Two cores are shared by the suite's processes; each with all threads is slower than one thread each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

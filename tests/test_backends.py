@@ -56,7 +56,7 @@ def test_what_cannot_run_says_why(name: str, limited: str, caplog: pytest.LogCap
 def test_auto_takes_the_first_that_can(limited: str) -> None:
     with keep_problems() as kept:
         focus_attention(**arguments())
-    assert backends.choose("auto", kept[0]).name == limited
+    assert backends.choose("auto", kept[0], training=False).name == limited
 
 
 def test_no_gradient_is_no_training(limited: str) -> None:
@@ -67,7 +67,7 @@ def test_no_gradient_is_no_training(limited: str) -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(FocusConfigError, match=r"`backend`.*'fastest'.*'auto', 'blocked'"):
+    with pytest.raises(FocusConfigError, match=r"`backend`.*'fastest'.*'auto', 'triton', 'blocked'"):
         focus_attention(**arguments(), backend="fastest")
 
 
@@ -86,4 +86,4 @@ def test_the_operator_keeps_torchs_rules(iterations: int) -> None:
     with keep_problems() as kept:
         focus_attention(**given, max_iterations=iterations, need_statistics=iterations > 1)
     inputs = [getattr(kept[0], name) for name in (*_TENSORS, *_SETTINGS)]
-    torch.library.opcheck(_forward_op, ("blocked", *inputs))
+    torch.library.opcheck(_forward_op, ("blocked", True, *inputs))

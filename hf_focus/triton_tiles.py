@@ -1,0 +1,185 @@
+"""What the focus kernels share: loading tiles, span weights, masked scores, and the query's update, in Triton.
+
+Scores are kept in units of log 2, for `exp2`. The span mask multiplies exp(score) instead of being added as a
+logarithm, so that an edge costs no `log`. Positions count among the keys.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ImportError("The fused kernels of hf_focus need `pip install triton`.") from missing
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(1.1754943508222875e-38)
+# The square root of the smallest normal number: under it a mean square counts as zero
+UNIT_TINY = tl.constexpr(1.0842021724855044e-19)
+# `masks.HIDDEN`: an additive mask at or under this says "never"
+HIDDEN = tl.constexpr(-5e3)
+
+
+@triton.jit
+def load_tile(base, rows, valid, columns, row_stride, column_stride, SIZE: tl.constexpr):
+    """Rows of a (rows, SIZE) matrix, 0 in rows that are not `valid` and in columns >= SIZE."""
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
+    seen = valid[:, None]
+    if columns.shape[0] != SIZE:
+        seen = seen & (columns < SIZE)[None, :]
+    return tl.load(pointers, mask=seen, other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, valid, columns, row_stride, column_stride, SIZE: tl.constexpr, tile):
+    """`tile` into the valid rows of a (rows, SIZE) matrix, in the matrix's dtype."""
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
+    seen = valid[:, None]
+    if columns.shape[0] != SIZE:
+        seen = seen & (columns < SIZE)[None, :]
+    tl.store(pointers, narrow(tile, base.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """`x` in `dtype`; float16 at its largest number instead of infinity, which would turn 0·x into NaN."""
+    if dtype == tl.float16:
+        x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """a·b, added to `total` unless that is None, in float32.
+
+    PRECISION: of float32 inputs, as `tl.dot` knows it, or "widened": the exact product of the rounded numbers, for
+    Triton's interpreter, which multiplies the bits of bfloat16 numbers as if they were integers.
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def key_range(
+    span,
+    valid,
+    first_position,
+    last_position,
+    num_keys,
+    MAX_SPAN: tl.constexpr,
+    RAMP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """The keys [low, high) that any query of a block can reach, from the spans that its queries really have."""
+    widest = tl.minimum(tl.max(tl.where(valid, span, 0.0)), 1.0 * MAX_SPAN)
+    reach = tl.minimum(tl.ceil(RAMP + widest).to(tl.int32), MAX_SPAN)
+    low = tl.maximum(first_position - reach + 1, 0)
+    return low, tl.minimum(last_position + (1 if CAUSAL else reach), num_keys)
+
+
+@triton.jit
+def span_weight(distance, span, exists, MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr):
+    """m(d) = clamp((ramp + z − d)/ramp, 0, 1), and 0 for keys out of reach or that do not exist."""
+    far = tl.abs(distance)
+    weight = tl.minimum(tl.maximum((RAMP + span - far.to(tl.float32)) * (1.0 / RAMP), 0.0), 1.0)
+    seen = exists & (far < MAX_SPAN)
+    if CAUSAL:
+        seen = seen & (distance >= 0)
+    return tl.where(seen, weight, 0.0)
+
+
+@triton.jit
+def masked_scores(
+    product,
+    weight,
+    rows,
+    columns,
+    sharpness,
+    mask,
+    mask_strides,
+    bias,
+    bias_strides,
+    scale,
+    softcap,
+    ADDITIVE_MASK: tl.constexpr,
+):
+    """Scores in units of log 2, −inf where `weight` is 0 or the mask hides; and the same before the sharpness.
+
+    product, weight: q·k and m(d), of any shape; rows, columns, sharpness: broadcastable to it. Masks are read only
+    where the weight is positive: a mask may be stored as the band alone.
+    """
+    capped = product * scale
+    if softcap is not None:
+        capped = softcap * tanh(capped / softcap)
+        scores = capped * (sharpness * LOG2_E)
+    else:
+        # One factor a row
+        scores = product * (sharpness * (scale * LOG2_E))
+    visible = weight > 0
+    if bias is not None:
+        places = bias + rows.to(tl.int64) * bias_strides[2] + columns.to(tl.int64) * bias_strides[3]
+        scores += tl.load(places, mask=visible, other=0.0).to(tl.float32) * LOG2_E
+    if mask is not None:
+        places = mask + rows.to(tl.int64) * mask_strides[2] + columns.to(tl.int64) * mask_strides[3]
+        masked = tl.load(places, mask=visible, other=0)
+        if ADDITIVE_MASK:
+            scores += masked.to(tl.float32) * LOG2_E
+            visible = visible & (masked.to(tl.float32) > HIDDEN)
+        else:
+            visible = visible & (masked != 0)
+    return tl.where(visible, scores, float("-inf")), capped
+
+
+@triton.jit
+def tanh(x):
+    """From one exponential that cannot overflow."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def inverse_size(x, SIZE: tl.constexpr):
+    """1/root mean square of the rows of `x`, of which SIZE columns are no padding; a column."""
+    return tl.math.rsqrt(tl.sum(x * x, 1) / SIZE + UNIT_TINY)[:, None]
+
+
+@triton.jit
+def inverse_size_for_gradient(x, SIZE: tl.constexpr):
+    """The same, 0 for rows of zeros: their direction has no derivative, and 10⁹ times a gradient is of no use."""
+    square = tl.sum(x * x, 1) / SIZE
+    return tl.where(square > 0, tl.math.rsqrt(square + UNIT_TINY), 0.0)[:, None]
+
+
+@triton.jit
+def unit_gradient(grad, direction, inverse, SIZE: tl.constexpr):
+    """Gradient of x from that of its direction x·inverse."""
+    return inverse * (grad - direction * (tl.sum(grad * direction, 1) / SIZE)[:, None])
+
+
+@triton.jit
+def fed_back(
+    output, matrix, columns, value_columns, matrix_strides, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr
+):
+    """oᵗ·F, (rows, columns). `matrix` of one head, or None: the identity, where both paddings are equally wide."""
+    if matrix is not None:
+        tile = load_tile(matrix, value_columns, value_columns < DV, columns, matrix_strides[1], matrix_strides[2], D)
+        return dot(narrow(output, matrix.dtype.element_ty), tile, None, PRECISION)
+    return tl.where((columns < D)[None, :], output, 0.0)
+
+
+@triton.jit
+def next_state(base, fed, alpha, D: tl.constexpr, NORMALIZED: tl.constexpr):
+    """The next direction (normalised feedback) or query (additive)."""
+    if NORMALIZED:
+        mixed = (1.0 - alpha) * base + alpha * fed * inverse_size(fed, D)
+        return mixed * inverse_size(mixed, D)
+    return base + fed
+
+
+@triton.jit
+def head_number(pointer, head, DEFAULT: tl.constexpr):
+    """A head's entry of a vector, or the default where there is none."""
+    if pointer is not None:
+        return tl.load(pointer + head).to(tl.float32)
+    return DEFAULT

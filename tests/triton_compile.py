@@ -1,0 +1,123 @@
+"""Compiles the fused kernels for a GPU that need not be there. A program: TRITON_INTERPRET must not be set."""
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_focus import triton_backend
+from hf_focus.problem import FocusProblem
+from hf_focus.triton_configs import Chip, Config, backward_config, decode_config
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+
+
+def describe(x: Any, path: tuple[int, ...], aligned: dict, constants: dict) -> Any:
+    """The type of one argument as triton's launcher would see it; constants and alignment are noted by path."""
+    if isinstance(x, tuple):
+        return tuple(describe(part, (*path, i), aligned, constants) for i, part in enumerate(x))
+    if x is None or (isinstance(x, int) and x == 1):
+        constants[path] = x
+        return "constexpr"
+    if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
+        aligned[path] = [["tt.divisibility", 16]]
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype]
+    return {int: "i32", float: "fp32"}[type(x)]
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], capability: int = 90) -> Any:
+    """The kernel for these arguments, of which tensors give only their dtype."""
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    aligned, constants, signature = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        x = arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants[(i,)] = x
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else describe(x, (i,), aligned, constants)
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def problem(length: int, dim: int, span: int, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> FocusProblem:
+    """A problem without memory: 8 heads, 2 of keys, 4 iterations, everything learned."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads, kv_heads, keys = 8, 2, max(length, 1024)
+    arguments = {
+        "query": tensor(2, heads, length, dim, dtype=dtype),
+        "key": tensor(2, kv_heads, keys, dim, dtype=dtype),
+        "value": tensor(2, kv_heads, keys, dim, dtype=dtype),
+        "span": tensor(2, heads, length),
+        "sharpness": tensor(2, heads, length),
+        "readout_weights": tensor(2, heads, length, 4),
+        "feedback_matrix": tensor(heads, dim, dim),
+        "mix": tensor(heads),
+        "gain": tensor(heads),
+        "attention_mask": None,
+        "position_bias": None,
+        "is_causal": True,
+        "scaling": dim**-0.5,
+        "softcap": None,
+        "query_offset": keys - length,
+        "max_span": span,
+        "ramp": 32,
+        "max_iterations": 4,
+        "feedback": "normalized",
+        "anchored": False,
+        "stop": "absolute",
+        "base_threshold": 1e-4,
+        "threshold_scale": 0.1,
+        "coverage_threshold": 0.01,
+        "need_statistics": True,
+    }
+    return FocusProblem(**(arguments | changes))
+
+
+def forward(p: FocusProblem, config: Config) -> Any:
+    return compiled(triton_backend.forward_kernel, {**triton_backend.forward_arguments(p), **config.options(p)})
+
+
+def decode(p: FocusProblem) -> Any:
+    return compiled(triton_backend.decode_kernel, {**triton_backend.forward_arguments(p), **decode_config(p)})
+
+
+def backward(p: FocusProblem, config: Config) -> Any:
+    iterations = torch.empty(p.query.shape[:3], dtype=torch.int64, device="meta")
+    wanted = set(p.TENSORS) - {"position_bias"}
+    arguments, _ = triton_backend.backward_arguments(p, iterations, torch.empty_like(p.query), wanted, config)
+    return compiled(triton_backend.backward_kernel, {**arguments, **config.options(p, backward=True)})
+
+
+def tile_loads(ir: str) -> int:
+    """Two-dimensional tiles read from device memory."""
+    return len(re.findall(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr<bf16>", ir))
+
+
+def main() -> None:
+    """Prints, as JSON, what a small case of each kernel compiled to."""
+    dim, span = (int(x) for x in sys.argv[1:])
+    config = Config(64, 64, 8, resident=True)
+    p = problem(1024, dim, span)
+    kernel = forward(p, config)
+    before, loop = kernel.asm["ttgir"].split("scf.while", 1)
+    result = {
+        "tiles": config.tiles(p),
+        "loads_before_loop": tile_loads(before),
+        "loads_in_loop": tile_loads(loop),
+        "forward_shared": kernel.metadata.shared,
+        "decode_shared": decode(problem(1, dim, span)).metadata.shared,
+        "backward_shared": backward(p, backward_config(p, Chip(227 * 1024, True))).metadata.shared,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
