@@ -8,10 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import blocked, triton_backend
+from .blocked import differentiate as differentiate_blocked
+from .blocked import solve as solve_blocked
 from .errors import FocusConfigError, bad_value
 from .problem import FocusOutput, FocusProblem
 from .reference import focus_reference
+from .triton_backend import DTYPES, INTERPRETED, LARGEST_HEAD, refusal
+from .triton_backend import differentiate as differentiate_fused
+from .triton_backend import solve as solve_fused
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +60,13 @@ BACKENDS = {
     for backend in (
         Backend(
             "triton",
-            triton_backend.solve,
-            triton_backend.differentiate,
-            dtypes=triton_backend.DTYPES,
-            max_head_dim=triton_backend.LARGEST_HEAD,
-            refusal=triton_backend.refusal,
+            solve_fused,
+            differentiate_fused,
+            dtypes=DTYPES,
+            max_head_dim=LARGEST_HEAD,
+            refusal=refusal,
         ),
-        Backend("blocked", blocked.solve, blocked.differentiate),
+        Backend("blocked", solve_blocked, differentiate_blocked),
         Backend("reference", focus_reference),
     )
 }
@@ -88,7 +92,7 @@ def choose(name: str, problem: FocusProblem, training: bool) -> Backend:
             raise FocusConfigError(bad_value("backend", name, f"another one here: {reason}"))
         return BACKENDS[name]
     # The interpreter is for tests
-    candidates = [BACKENDS[name] for name in AUTO if not (name == "triton" and triton_backend.INTERPRETED)]
+    candidates = [BACKENDS[name] for name in AUTO if not (name == "triton" and INTERPRETED)]
     for candidate in candidates:
         if (reason := candidate.why_not(problem, training)) is None:
             return candidate
