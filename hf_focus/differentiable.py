@@ -1,5 +1,6 @@
 """Autograd around backends that bring their own backward, in eager mode and, as one operator, in compiled graphs."""
 
+import zlib
 from typing import Any
 
 import torch
@@ -88,14 +89,16 @@ def _backward(grad: Tensor, iterations: Tensor, wanted: list[bool], backend: str
     return [grads[name] for name in names]
 
 
+# Loaded as remote code, this module exists several times in one process, and an operator's name is for one
+_NAME = "hf_focus::attention" + ("" if __package__ == "hf_focus" else f"_{zlib.crc32(__package__.encode()):08x}")
 _forward_op = torch.library.custom_op(
-    "hf_focus::attention",
+    _NAME,
     _forward,
     mutates_args=(),
     schema=f"(str backend, bool training, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
-    "hf_focus::attention_backward",
+    f"{_NAME}_backward",
     _backward,
     mutates_args=(),
     schema=f"(Tensor grad, Tensor iterations, bool[] wanted, str backend, {_ARGUMENTS}) -> Tensor[]",
