@@ -1,17 +1,19 @@
 """What identifies the self-attention of an architecture: declarations, and the registry of them."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
+from .errors import FocusConfigError, bad_value
 
 # Attention to another sequence, by the name that models give the module
 CROSS_ATTENTION = r"(^|\.)(encoder_attn|cross_attn|crossattention|EncDecAttention|cross_attention)(\.|$)"
 # Where models keep their sizes: the first name found on the module, or else on its config, is taken
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
+HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 VALUE_HEAD_DIM = ("v_head_dim", "value_head_dim")
+# All heads together: what is divided among them where nothing names the size of one
+WIDTH = ("embed_dim", "hidden_size", "d_model", "dim", "n_embd", "internal_dim")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Architecture:
         exclude: regular expression: modules whose path it finds are left alone (cross-attention, by default).
         num_heads, head_dim, value_head_dim: attribute that holds the size, on the attention module or its config;
             None: the usual names are tried. `value_head_dim` is `head_dim` where nothing names it.
+        parts: declarations of model types within this one (the text model of a multimodal one), which go first.
     """
 
     model_type: str
@@ -32,6 +35,7 @@ class Architecture:
     num_heads: str | None = None
     head_dim: str | None = None
     value_head_dim: str | None = None
+    parts: tuple["Architecture", ...] = ()
 
     def __post_init__(self) -> None:
         names = [self.attention] if isinstance(self.attention, str) else self.attention
@@ -40,7 +44,11 @@ class Architecture:
                 raise FocusConfigError(bad_value(name, getattr(self, name), "None or the name of an attribute"))
         if not isinstance(self.model_type, str) or not self.model_type:
             raise FocusConfigError(bad_value("model_type", self.model_type, "a non-empty string"))
-        if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
+        if not isinstance(self.parts, (tuple, list)) or not all(isinstance(part, Architecture) for part in self.parts):
+            raise FocusConfigError(bad_value("parts", self.parts, "a list of Architecture"))
+        object.__setattr__(self, "parts", tuple(self.parts))
+        listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+        if not listed or not (names or self.parts):
             raise FocusConfigError(bad_value("attention", self.attention, "one or more class names"))
         object.__setattr__(self, "attention", tuple(names))
         try:
@@ -51,9 +59,12 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, without the model type: a config's `from_pretrained` takes any entry of
         config.json with a `model_type` in it for the config itself."""
-        values = {**asdict(self), "attention": list(self.attention)}
-        del values["model_type"]
-        return values
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model_type"}
+        return {
+            **values,
+            "attention": list(self.attention),
+            "parts": {part.model_type: part.to_dict() for part in self.parts},
+        }
 
     @classmethod
     def from_dict(cls, model_type: str, values: dict[str, Any]) -> "Architecture":
@@ -65,7 +76,17 @@ class Architecture:
         known = {field.name for field in fields(cls)} - {"model_type"}
         if not isinstance(values, dict) or not {"attention"} <= set(values) <= known:
             raise FocusConfigError(bad_value("focus_architecture", values, f"a dict of {', '.join(sorted(known))}"))
+        parts = values.get("parts", ())
+        if isinstance(parts, dict):
+            values = {**values, "parts": [cls.from_dict(name, part) for name, part in parts.items()]}
         return cls(model_type, **values)
+
+    def of(self, path: str, module: object) -> "Architecture | None":
+        """The declaration, this one or a part, that makes the module at `path` a self-attention; None: it is none."""
+        for architecture in (*self.parts, self):
+            if type(module).__name__ in architecture.attention and not re.search(architecture.exclude, path):
+                return architecture
+        return None
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
@@ -86,22 +107,11 @@ def declare(architecture: Architecture | str, **settings: Any) -> Architecture:
     return architecture
 
 
-def supported_architectures() -> list[str]:
-    """The model types that `apply_focus` knows, sorted: those that come with hf_focus and those registered since."""
-    return sorted(_ARCHITECTURES)
+def declared_architectures() -> dict[str, Architecture]:
+    """What is declared, by model type: what comes with hf_focus and what was registered since."""
+    return dict(_ARCHITECTURES)
 
 
-def find_architecture(model_type: str) -> Architecture:
-    """The declaration of a model type.
-
-    Raises:
-        UnsupportedArchitectureError: nothing is declared for it.
-    """
-    if model_type not in _ARCHITECTURES:
-        accepted = ", ".join(supported_architectures()) or "none"
-        raise UnsupportedArchitectureError(
-            bad_value("model_type", model_type, accepted)
-            + f' Declare another with hf_focus.register_architecture("{model_type}", attention="ItsAttentionClass"),'
-            " if its attention calls transformers' AttentionInterface."
-        )
-    return _ARCHITECTURES[model_type]
+def find_architecture(model_type: str) -> Architecture | None:
+    """The declaration of a model type, None where it needs or has none."""
+    return _ARCHITECTURES.get(model_type)

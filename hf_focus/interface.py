@@ -1,6 +1,5 @@
 """The attention function that transformers calls: the model's own attention, and FocusA where a layer has it."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .discovery import eager_attention, interface_of
 from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
 from .masks import find_query_offset, limit_distance
 
@@ -39,10 +38,7 @@ def global_name(implementation: str | None) -> str | None:
 
 
 def _global_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    # Each modeling file has an eager attention of its own
-    return sys.modules[type(module).__module__].eager_attention_forward
+    return eager_attention(module) if implementation == "eager" else interface_of(module)[implementation]
 
 
 def _attend(
@@ -58,10 +54,15 @@ def _attend(
     branch = getattr(module, "focus", None)
     if branch is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
-    _check_sizes(module, branch, query, value, kwargs)
+    _check_sizes(module, branch, query, value)
     length, num_keys = query.shape[2], key.shape[2]
     is_causal = kwargs.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if not is_causal and length != num_keys:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} attends from {length} to {num_keys} tokens: FocusA goes on self-attention;"
+            " choose what to patch with FocusConfig(modules=…)."
+        )
     offset = find_query_offset(attention_mask, length, num_keys, is_causal)
 
     global_mask, config = attention_mask, branch.config
@@ -85,7 +86,7 @@ def _attend(
     return output, weights
 
 
-def _check_sizes(module: nn.Module, branch: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+def _check_sizes(module: nn.Module, branch: nn.Module, query: Tensor, value: Tensor) -> None:
     wanted = (branch.num_heads, branch.head_dim, branch.value_head_dim)
     given = (query.shape[1], query.shape[3], value.shape[3])
     if given != wanted:
@@ -93,8 +94,6 @@ def _check_sizes(module: nn.Module, branch: nn.Module, query: Tensor, value: Ten
             f"{type(module).__name__} attends with (num_heads, head_dim, value_head_dim) = {given}, and FocusA was"
             f" built for {wanted}; name the right attributes with register_architecture."
         )
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedArchitectureError(f"{type(module).__name__} has attention sinks, which FocusA does not know.")
 
 
 def register_interface() -> None:

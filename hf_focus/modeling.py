@@ -1,6 +1,7 @@
 """Model classes of patched architectures: `FocusLlamaForCausalLM(LlamaForCausalLM)`, made on demand for any class."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from os import PathLike
@@ -22,6 +23,7 @@ from .architecture import Architecture, find_architecture
 from .auto_classes import PREPROCESSORS, auto_models
 from .branch import FocusBranch
 from .configuration import FocusConfig
+from .discovery import architecture_of
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
 from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus
 from .interface import focus_name, global_name, register_interface
@@ -39,11 +41,12 @@ class FocusMixin:
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         if not is_focus(config):
-            config = to_focus(config, FocusConfig(), find_architecture(config.model_type))
+            config = to_focus(config, FocusConfig(), None)
         # Some heads make their inner model through AutoModel
         register_models(type(config))
         super().__init__(config, *inputs, **kwargs)
         focus_config, architecture = read_patch(config)
+        architecture = architecture_of(self) if architecture is None else architecture
         config.focus_architecture = architecture.to_dict()
         sites = plan(self, focus_config, architecture)
         adoption = plan_adoption(self, sites, focus_config, architecture)
@@ -212,11 +215,11 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
             mapping.register(config_class, mapping[base], exist_ok=True)
 
 
-def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture]:
-    """The settings and the architecture saved in a Focus config.
+def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture | None]:
+    """The settings and the architecture saved in a Focus config, or declared; None: to be read from the model.
 
     Raises:
-        FocusConfigError, UnsupportedArchitectureError: they are not valid, or nothing is declared for the model type.
+        FocusConfigError: they are not valid.
     """
     model_type = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     if config.focus_architecture is not None:
@@ -244,23 +247,45 @@ def plan_adoption(
     Raises:
         FocusConfigError: the attention of one of them cannot be wrapped.
     """
-    holders = [
-        module
+    holders = {
+        path: module
         for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
-        and any(f"{site.path}.".startswith(f"{path}." if path else "") for site in sites)
-    ]
-    configs = {}
-    for holder in holders:
-        old = holder.config
-        if not is_focus(old) and id(old) not in configs:
-            new = to_focus(old, focus_config, architecture)
-            wanted = focus_config.global_attn_implementation or old._attn_implementation
-            new._attn_implementation_internal = focus_name(wanted)
-            new.focus_replaced_attention = old._attn_implementation
-            configs[id(old)] = new
+        if isinstance(module, PreTrainedModel) and any(_is_within(site.path, path) for site in sites)
+    }
+    # An inner model may be saved alone: its settings are for the paths within it
+    settings = {id(holder.config): _settings_within(path, sites, focus_config) for path, holder in holders.items()}
+    olds = {id(holder.config): holder.config for holder in reversed(holders.values())}
+    # Modules read the attention from their own config, which needs not be a model's
+    olds = {**{id(site.module.config): site.module.config for site in sites}, **olds}
+    configs: dict[int, PreTrainedConfig] = {}
+    # The innermost first, since the outer ones hold them
+    for key, old in sorted(olds.items(), key=lambda item: _depth(item[1])):
+        if is_focus(old):
+            continue
+        new = to_focus(old, settings.get(key, focus_config), architecture, configs)
+        new._attn_implementation_internal = focus_name(
+            focus_config.global_attn_implementation or old._attn_implementation or "eager"
+        )
+        new.focus_replaced_attention = old._attn_implementation
+        configs[key] = new
+    for holder in holders.values():
         focus_model_class(type(holder))
-    return Adoption(holders, configs)
+    return Adoption(list(holders.values()), configs)
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}." if outer else "")
+
+
+def _settings_within(outer: str, sites: list[Site], focus_config: FocusConfig) -> FocusConfig:
+    if focus_config.modules is None or not outer:
+        return focus_config
+    paths = [re.escape(site.path.removeprefix(f"{outer}.")) for site in sites if _is_within(site.path, outer)]
+    return replace(focus_config, modules=f"^({'|'.join(paths)})$")
+
+
+def _depth(config: PreTrainedConfig) -> int:
+    return 1 + max((_depth(part) for part in vars(config).values() if isinstance(part, PreTrainedConfig)), default=0)
 
 
 def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
@@ -274,11 +299,16 @@ def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
 
 
 def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
-    """Replace configs, given by the id of the old one, in every module that holds one."""
+    """Replace configs, given by the id of the old one, in every module and in every config of one that holds one."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig) and id(value) in configs:
+            if not isinstance(value, PreTrainedConfig):
+                continue
+            if id(value) in configs:
                 setattr(module, name, configs[id(value)])
+            for part_name, part in vars(value).items():
+                if isinstance(part, PreTrainedConfig) and id(part) in configs and is_focus(value):
+                    setattr(value, part_name, configs[id(part)])
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

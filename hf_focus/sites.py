@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, Architecture
+from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, WIDTH, Architecture
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
@@ -33,24 +34,31 @@ def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
         UnsupportedArchitectureError: there is none, or its sizes cannot be told.
     """
     found = [
-        (path, module)
+        (path, module, declaration)
         for path, module in model.named_modules()
-        if type(module).__name__ in architecture.attention and not re.search(architecture.exclude, path)
+        if (declaration := architecture.of(path, module)) is not None
     ]
     if not found:
+        classes = " or ".join(
+            (*architecture.attention, *(name for part in architecture.parts for name in part.attention))
+        )
         raise UnsupportedArchitectureError(
             f"`{architecture.model_type}`: no module of {type(model).__name__} is of the declared attention class"
-            f" {' or '.join(architecture.attention)}; register_architecture with the class the model uses."
+            f" {classes}; register_architecture with the class the model uses."
         )
-    return [_site(path, module, number, architecture) for number, (path, module) in enumerate(found)]
+    return [_site(path, module, number, declaration) for number, (path, module, declaration) in enumerate(found)]
 
 
 def _site(path: str, module: nn.Module, number: int, architecture: Architecture) -> Site:
+    if not isinstance(getattr(module, "config", None), PreTrainedConfig):
+        accepted = "an attention module that reads its attention function's name from its `config`"
+        raise UnsupportedArchitectureError(bad_value(path, type(module).__name__, accepted))
     numbers = [int(part) for part in path.split(".") if part.isdigit()]
     num_heads = _size(module, path, "num_heads", architecture.num_heads, NUM_HEADS)
-    hidden = getattr(getattr(module, "config", None), "hidden_size", None)
-    default = hidden // num_heads if isinstance(hidden, int) else None
-    head_dim = _size(module, path, "head_dim", architecture.head_dim, HEAD_DIM, default)
+    width = _first(module, WIDTH)
+    head_dim = _size(
+        module, path, "head_dim", architecture.head_dim, HEAD_DIM, width // num_heads if width is not None else None
+    )
     return Site(
         path=path,
         module=module,
@@ -62,16 +70,22 @@ def _site(path: str, module: nn.Module, number: int, architecture: Architecture)
     )
 
 
-def _size(
-    module: nn.Module, path: str, what: str, declared: str | None, usual: tuple[str, ...], default: int | None = None
-) -> int:
-    names = (declared,) if declared else usual
+def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
     # The module first: its own sizes win over a config shared by layers of different sizes
     for holder in (module, getattr(module, "config", None)):
         for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
+    return None
+
+
+def _size(
+    module: nn.Module, path: str, what: str, declared: str | None, usual: tuple[str, ...], default: int | None = None
+) -> int:
+    value = _first(module, (declared,) if declared else usual)
+    if value is not None:
+        return value
     if default is not None and not declared:
         return default
     raise UnsupportedArchitectureError(
@@ -83,11 +97,11 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     """The sites that `config` asks for. Changes nothing.
 
     Raises:
-        NoMatchingLayerError: `config.layers` names layers that do not exist.
+        NoMatchingLayerError: `config.layers` or `config.modules` names what does not exist.
         FocusConfigError: settings that this model cannot have.
         UnsupportedArchitectureError: see `find_sites`.
     """
-    sites = find_sites(model, architecture)
+    sites = _within(find_sites(model, architecture), config.modules, model)
     if config.layers is not None:
         existing = sorted({site.layer for site in sites})
         missing = [layer for layer in config.layers if layer not in existing]
@@ -100,6 +114,16 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
         accepted = f"'token', since `{causal[0]}` is causal and a mean would show it the future"
         raise FocusConfigError(bad_value("span_granularity", config.span_granularity, accepted))
     return sites
+
+
+def _within(sites: list[Site], pattern: str | None, model: nn.Module) -> list[Site]:
+    found = sites if pattern is None else [site for site in sites if re.search(pattern, site.path)]
+    if not found:
+        # One path of each kind shows what there is to match
+        kinds = dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\g<1>0", site.path) for site in sites)
+        accepted = f"a pattern found in the paths of {type(model).__name__}'s self-attention: {', '.join(kinds)}"
+        raise NoMatchingLayerError(bad_value("modules", pattern, accepted))
+    return found
 
 
 def build_branches(sites: list[Site], config: FocusConfig, dtype: torch.dtype) -> dict[str, FocusBranch]:
