@@ -253,7 +253,7 @@ def _describe(site: Site) -> str:
 def _check_attention(sites: list[Site], settings: FocusConfig) -> None:
     for site in sites:
         config = getattr(site.module, "config", None)
-        if config is None:
+        if config is None or site.route is not None:
             accepted = "an attention module that reads its attention function's name from its `config`"
             raise UnsupportedArchitectureError(bad_value(site.path, type(site.module).__name__, accepted))
         focus_name(config._attn_implementation)

@@ -16,6 +16,14 @@ VALUE_HEAD_DIM = ("v_head_dim", "value_head_dim")
 WIDTH = ("embed_dim", "hidden_size", "d_model", "dim", "n_embd", "internal_dim")
 
 
+_KINDS = (
+    ("routed", bool, "True or False"),
+    ("bias", bool, "True or False"),
+    ("scaling", str | int | float | None, "None, a number or the name of an attribute"),
+    ("causal", bool | str | None, "None, True, False or the name of an attribute"),
+)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How FocusA finds the self-attention of one model type. Saved in config.json with the model.
@@ -26,6 +34,13 @@ class Architecture:
         exclude: regular expression: modules whose path it finds are left alone (cross-attention, by default).
         num_heads, head_dim, value_head_dim: attribute that holds the size, on the attention module or its config;
             None: the usual names are tried. `value_head_dim` is `head_dim` where nothing names it.
+        routed: whether the attention does not call the interface, and computes softmax(q·kᵀ·scaling + …)·v in its own
+            forward: FocusA then takes its place between the last product and what follows (see routing.py).
+        scaling: with `routed`: what the product of queries and keys in its code is multiplied by: a number, the
+            attribute that holds it, or None: head_dim ** -0.5. 1 where queries or keys are scaled before the product.
+        bias: with `routed`: whether the scores have a part that depends on positions (ALiBi, relative positions).
+        causal: whether its tokens see only the past: True, False, or an attribute of the module or its config that
+            says so; None: `is_causal` of the module, False where it has none.
         parts: declarations of model types within this one (the text model of a multimodal one), which go first.
     """
 
@@ -35,6 +50,10 @@ class Architecture:
     num_heads: str | None = None
     head_dim: str | None = None
     value_head_dim: str | None = None
+    routed: bool = False
+    scaling: str | float | None = None
+    bias: bool = False
+    causal: bool | str | None = None
     parts: tuple["Architecture", ...] = ()
 
     def __post_init__(self) -> None:
@@ -44,6 +63,9 @@ class Architecture:
                 raise FocusConfigError(bad_value(name, getattr(self, name), "None or the name of an attribute"))
         if not isinstance(self.model_type, str) or not self.model_type:
             raise FocusConfigError(bad_value("model_type", self.model_type, "a non-empty string"))
+        for name, kinds, accepted in _KINDS:
+            if not isinstance(getattr(self, name), kinds):
+                raise FocusConfigError(bad_value(name, getattr(self, name), accepted))
         if not isinstance(self.parts, (tuple, list)) or not all(isinstance(part, Architecture) for part in self.parts):
             raise FocusConfigError(bad_value("parts", self.parts, "a list of Architecture"))
         object.__setattr__(self, "parts", tuple(self.parts))

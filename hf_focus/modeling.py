@@ -79,14 +79,15 @@ class FocusMixin:
         wanted = global_name(attn_implementation)
         if wanted is None:
             wanted = read_patch(self.config)[0].global_attn_implementation
-        return focus_name(super()._check_and_adjust_attn_implementation(wanted, *args, **kwargs))
+        chosen = super()._check_and_adjust_attn_implementation(wanted, *args, **kwargs)
+        return chosen if _is_routed(self.config) else focus_name(chosen)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As transformers', for the global branch."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         for module in self.modules():
             # transformers does not ask inner models, only the outermost
-            if isinstance(module, FocusMixin):
+            if isinstance(module, FocusMixin) and not _is_routed(module.config):
                 module.config._attn_implementation_internal = focus_name(module.config._attn_implementation)
 
     @classmethod
@@ -256,21 +257,33 @@ def plan_adoption(
     settings = {id(holder.config): _settings_within(path, sites, focus_config) for path, holder in holders.items()}
     olds = {id(holder.config): holder.config for holder in reversed(holders.values())}
     # Modules read the attention from their own config, which needs not be a model's
-    olds = {**{id(site.module.config): site.module.config for site in sites}, **olds}
+    read = {id(site.module.config): site.module.config for site in sites if site.route is None}
+    olds = {**read, **olds}
     configs: dict[int, PreTrainedConfig] = {}
     # The innermost first, since the outer ones hold them
     for key, old in sorted(olds.items(), key=lambda item: _depth(item[1])):
         if is_focus(old):
             continue
         new = to_focus(old, settings.get(key, focus_config), architecture, configs)
-        new._attn_implementation_internal = focus_name(
-            focus_config.global_attn_implementation or old._attn_implementation or "eager"
-        )
+        wanted = focus_config.global_attn_implementation or old._attn_implementation or "eager"
+        # A forward that does not call the interface reads the name itself, and knows none of ours
+        routed = key not in read and _is_routed(new)
+        new._attn_implementation_internal = wanted if routed else focus_name(wanted)
         new.focus_replaced_attention = old._attn_implementation
         configs[key] = new
     for holder in holders.values():
         focus_model_class(type(holder))
     return Adoption(list(holders.values()), configs)
+
+
+def _is_routed(config: PreTrainedConfig) -> bool:
+    """Whether the attention that reads this Focus config does not call the interface."""
+    model_type = type(config).base_class.model_type
+    architecture = read_patch(config)[1]
+    if architecture is None:
+        return False
+    # A part has the name of its own model type, and the whole that of whichever config it was saved in
+    return next(item.routed for item in (*architecture.parts, architecture) if item.model_type == model_type)
 
 
 def _is_within(path: str, outer: str) -> bool:

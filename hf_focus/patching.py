@@ -12,6 +12,7 @@ from .discovery import architecture_of, unreached_attention
 from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_value
 from .focus_configs import is_focus, to_base
 from .modeling import FocusMixin, adopt, plan_adoption, repoint
+from .routing import unrouted_class
 from .sites import build_branches, install, plan
 
 
@@ -82,7 +83,9 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
             accepted = f"a model that PEFT does not wrap; `{path}` is wrapped, unload the adapter first"
             raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
     for path in branches:
-        delattr(model.get_submodule(path.rpartition(".")[0]), "focus")
+        module = model.get_submodule(path.rpartition(".")[0])
+        delattr(module, "focus")
+        module.__class__ = unrouted_class(type(module))
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         if isinstance(module, FocusMixin):

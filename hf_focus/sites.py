@@ -12,6 +12,7 @@ from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, WIDTH, Architectu
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
+from .routing import routed_class
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Site:
     head_dim: int
     value_head_dim: int
     is_causal: bool
+    route: "RoutedScores | None" = None
+
+
+@dataclass(frozen=True)
+class RoutedScores:
+    """How attention that does not call the interface makes its scores: see `Architecture`, with what it names read."""
+
+    is_causal: bool
+    scaling: float | None
+    bias: bool
 
 
 def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
@@ -46,33 +57,48 @@ def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
             f"`{architecture.model_type}`: no module of {type(model).__name__} is of the declared attention class"
             f" {classes}; register_architecture with the class the model uses."
         )
-    return [_site(path, module, number, declaration) for number, (path, module, declaration) in enumerate(found)]
+    config = getattr(model, "config", None)
+    return [
+        _site(path, module, number, declaration, config) for number, (path, module, declaration) in enumerate(found)
+    ]
 
 
-def _site(path: str, module: nn.Module, number: int, architecture: Architecture) -> Site:
-    if not isinstance(getattr(module, "config", None), PreTrainedConfig):
+def _site(path: str, module: nn.Module, number: int, architecture: Architecture, model_config: object) -> Site:
+    config = getattr(module, "config", None)
+    if not isinstance(config, PreTrainedConfig) and not architecture.routed:
         accepted = "an attention module that reads its attention function's name from its `config`"
         raise UnsupportedArchitectureError(bad_value(path, type(module).__name__, accepted))
+    # The module first: its own sizes win over a config shared by layers of different sizes
+    holders = (module, config, model_config) if architecture.routed else (module, config)
     numbers = [int(part) for part in path.split(".") if part.isdigit()]
-    num_heads = _size(module, path, "num_heads", architecture.num_heads, NUM_HEADS)
-    width = _first(module, WIDTH)
-    head_dim = _size(
-        module, path, "head_dim", architecture.head_dim, HEAD_DIM, width // num_heads if width is not None else None
-    )
+    num_heads = _size(holders, path, "num_heads", architecture.num_heads, NUM_HEADS)
+    width = _first(holders, WIDTH)
+    default = width // num_heads if width is not None else None
+    head_dim = _size(holders, path, "head_dim", architecture.head_dim, HEAD_DIM, default)
+    causal = architecture.causal
+    if not isinstance(causal, bool):
+        name = causal or "is_causal"
+        causal = any(bool(getattr(holder, name, False)) for holder in holders)
+    scaling = architecture.scaling
+    if isinstance(scaling, str):
+        scaling = getattr(module, scaling, None)
+        if not isinstance(scaling, (int, float)):
+            accepted = f"the name of a number on `{path}` ({type(module).__name__})"
+            raise UnsupportedArchitectureError(bad_value("scaling", architecture.scaling, accepted))
     return Site(
         path=path,
         module=module,
         layer=numbers[0] if numbers else number,
         num_heads=num_heads,
         head_dim=head_dim,
-        value_head_dim=_size(module, path, "value_head_dim", architecture.value_head_dim, VALUE_HEAD_DIM, head_dim),
-        is_causal=bool(getattr(module, "is_causal", False)),
+        value_head_dim=_size(holders, path, "value_head_dim", architecture.value_head_dim, VALUE_HEAD_DIM, head_dim),
+        is_causal=causal,
+        route=RoutedScores(causal, scaling, architecture.bias) if architecture.routed else None,
     )
 
 
-def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    # The module first: its own sizes win over a config shared by layers of different sizes
-    for holder in (module, getattr(module, "config", None)):
+def _first(holders: tuple[object, ...], names: tuple[str, ...]) -> int | None:
+    for holder in holders:
         for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -81,15 +107,20 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def _size(
-    module: nn.Module, path: str, what: str, declared: str | None, usual: tuple[str, ...], default: int | None = None
+    holders: tuple[object, ...],
+    path: str,
+    what: str,
+    declared: str | None,
+    usual: tuple[str, ...],
+    default: int | None = None,
 ) -> int:
-    value = _first(module, (declared,) if declared else usual)
+    value = _first(holders, (declared,) if declared else usual)
     if value is not None:
         return value
     if default is not None and not declared:
         return default
     raise UnsupportedArchitectureError(
-        bad_value(what, declared, f"the name of an int on `{path}` ({type(module).__name__}) or its config")
+        bad_value(what, declared, f"the name of an int on `{path}` ({type(holders[0]).__name__}) or its config")
     )
 
 
@@ -142,5 +173,9 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
+    """Put the branches on their modules."""
     for site in sites:
         site.module.add_module("focus", branches[site.path])
+        if site.route is not None:
+            branches[site.path].route = site.route
+            site.module.__class__ = routed_class(type(site.module))

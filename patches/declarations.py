@@ -5,5 +5,11 @@ A model type without a line is patched by what its modules say: the classes whos
 """
 
 from ..architecture import Architecture
+from . import bloom, codegen, deberta_v2, falcon, gpt_neo, gptj, mpt, rembert, roformer, xlm
 
-DECLARATIONS: tuple[Architecture, ...] = ()
+# Attention off the interface that has something to say of its own: one file a family
+_FAMILIES = (bloom, codegen, deberta_v2, falcon, gpt_neo, gptj, mpt, rembert, roformer, xlm)
+
+DECLARATIONS: tuple[Architecture, ...] = tuple(
+    architecture for family in _FAMILIES for architecture in family.ARCHITECTURES
+)
