@@ -7,9 +7,18 @@ from typing import Any
 from .errors import FocusConfigError, bad_value
 
 # Attention to another sequence, by the name that models give the module
-CROSS_ATTENTION = r"(^|\.)(encoder_attn|cross_attn|crossattention|EncDecAttention|cross_attention)(\.|$)"
+CROSS_ATTENTION = r"(^|\.)(encoder_attn|x_attn|EncDecAttention|\w*cross_?att(n|ention)\w*)(\.|$)"
 # Where models keep their sizes: the first name found on the module, or else on its config, is taken
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
+NUM_HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "nhead",
+    "num_head",
+    "decoder_self_attention_heads",
+)
 HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 VALUE_HEAD_DIM = ("v_head_dim", "value_head_dim")
 # All heads together: what is divided among them where nothing names the size of one
@@ -32,6 +41,8 @@ class Architecture:
         model_type: the `model_type` of the architecture's config.
         attention: class names of its self-attention modules, whose forward calls transformers' `AttentionInterface`.
         exclude: regular expression: modules whose path it finds are left alone (cross-attention, by default).
+        unless: attribute of the module: where it is more than 1, or a module, the keys are not the tokens (pooled or
+            compressed ones, for example), and the module is left alone.
         num_heads, head_dim, value_head_dim: attribute that holds the size, on the attention module or its config;
             None: the usual names are tried. `value_head_dim` is `head_dim` where nothing names it.
         routed: whether the attention does not call the interface, and computes softmax(q·kᵀ·scaling + …)·v in its own
@@ -47,6 +58,7 @@ class Architecture:
     model_type: str
     attention: tuple[str, ...]
     exclude: str = CROSS_ATTENTION
+    unless: str | None = None
     num_heads: str | None = None
     head_dim: str | None = None
     value_head_dim: str | None = None
@@ -58,7 +70,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         names = [self.attention] if isinstance(self.attention, str) else self.attention
-        for name in ("num_heads", "head_dim", "value_head_dim"):
+        for name in ("unless", "num_heads", "head_dim", "value_head_dim"):
             if not isinstance(getattr(self, name), str | None):
                 raise FocusConfigError(bad_value(name, getattr(self, name), "None or the name of an attribute"))
         if not isinstance(self.model_type, str) or not self.model_type:
@@ -107,8 +119,12 @@ class Architecture:
         """The declaration, this one or a part, that makes the module at `path` a self-attention; None: it is none."""
         for architecture in (*self.parts, self):
             if type(module).__name__ in architecture.attention and not re.search(architecture.exclude, path):
-                return architecture
+                return None if architecture._is_left_alone(module) else architecture
         return None
+
+    def _is_left_alone(self, module: object) -> bool:
+        value = getattr(module, self.unless, None) if self.unless else None
+        return value is not None and (not isinstance(value, (int, float)) or value > 1)
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from .architecture import CROSS_ATTENTION, Architecture, declared_architectures, find_architecture
 from .errors import UnsupportedArchitectureError, bad_value
 
-# Class names: attention to another sequence, and attention that is no softmax over keys
-_CROSS = re.compile(r"Cross|Perceiver|Pooler|PoolingHead")
+# Class names: attention to another sequence or to channels, and attention that is no softmax over keys
+_CROSS = re.compile(r"Cross|Merged|Channel|Perceiver|Pooler|PoolingHead")
 _RECURRENT = re.compile(
     r"Linear|Lightning|Delta|Mamba|SSM|Conv|Performer|Hyena|RetNet|Rwkv|Fourier|Norm|Channel|GatedAttention"
 )

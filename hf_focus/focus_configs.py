@@ -131,7 +131,7 @@ def to_focus(
         parts: replacements of configs within it, by the id of the old one; the others are shared with the old config.
     """
     config = _copy(config, parts or {})
-    config.__class__ = focus_config_class(type(config))
+    _change_class(config, focus_config_class(type(config)))
     config.focus_format = FORMAT
     config.focus_config = focus_config.to_dict()
     config.focus_architecture = None if architecture is None else architecture.to_dict()
@@ -154,6 +154,23 @@ def is_focus(config: PreTrainedConfig) -> bool:
     return getattr(config, "focus_config", None) is not None
 
 
+def _change_class(config: PreTrainedConfig, new: type[PreTrainedConfig]) -> None:
+    config.__class__ = new
+    if "model_type" in vars(config):
+        # Read from a file, it holds its type itself
+        vars(config)["model_type"] = new.model_type
+
+
+def with_plain_parts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A Focus config whose parts are none: what a model is built from, which adopts its parts when they are there.
+
+    It is a copy where it has such parts: they belong to the live model that the config comes from.
+    """
+    done: dict[int, PreTrainedConfig] = {}
+    parts = {id(part): to_base(part, done) for part in _parts(config).values() if is_focus(part)}
+    return _copy(config, parts) if parts else config
+
+
 def to_base(config: PreTrainedConfig, done: dict[int, PreTrainedConfig] | None = None) -> PreTrainedConfig:
     """A copy of a Focus config, and of those within it, as the architecture's own class, with nothing of ours left.
 
@@ -170,7 +187,7 @@ def to_base(config: PreTrainedConfig, done: dict[int, PreTrainedConfig] | None =
     if attention == config.focus_config["global_attn_implementation"]:
         # It was FocusA's choice, not the model's
         attention = getattr(config, "focus_replaced_attention", attention)
-    config.__class__ = type(config).base_class
+    _change_class(config, type(config).base_class)
     config._attn_implementation_internal = attention
     for name in ("focus_format", "focus_config", "focus_architecture", "focus_replaced_attention", "auto_map"):
         vars(config).pop(name, None)

@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .discovery import eager_attention, interface_of
 from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
 from .masks import find_query_offset, limit_distance
+from .sites import is_causal_module
 
 PREFIX = "focus|"
 # Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix
@@ -56,8 +57,9 @@ def _attend(
         return attention(module, query, key, value, attention_mask, **kwargs)
     _check_sizes(module, branch, query, value)
     length, num_keys = query.shape[2], key.shape[2]
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    # A call may say False because its mask does the work; what a decoder says of itself holds then too
+    given = kwargs.get("is_causal")
+    is_causal = bool(given) or is_causal_module(module, default=given is None)
     if not is_causal and length != num_keys:
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} attends from {length} to {num_keys} tokens: FocusA goes on self-attention;"

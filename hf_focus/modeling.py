@@ -25,7 +25,7 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .discovery import architecture_of
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
-from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus
+from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus, with_plain_parts
 from .interface import focus_name, global_name, register_interface
 from .penalty import with_span_penalty
 from .refiner import Refiner
@@ -42,6 +42,7 @@ class FocusMixin:
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         if not is_focus(config):
             config = to_focus(config, FocusConfig(), None)
+        config = with_plain_parts(config)
         # Some heads make their inner model through AutoModel
         register_models(type(config))
         super().__init__(config, *inputs, **kwargs)

@@ -59,8 +59,8 @@ def apply_focus(
     unreached = unreached_attention(model, architecture) if config.modules is None else []
     if unreached:
         warnings.warn(
-            f"{', '.join(unreached)} of {type(model).base_class.__name__} stays as it is: its forward does not call"
-            " transformers' AttentionInterface. FocusConfig(modules=…) says which parts are meant.",
+            f"FocusA does not reach {', '.join(unreached)} of {type(model).base_class.__name__}, which stays as it is:"
+            " it computes attention in a way of its own. FocusConfig(modules=…) says which parts are meant.",
             stacklevel=2,
         )
     return model

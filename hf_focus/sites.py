@@ -76,9 +76,10 @@ def _site(path: str, module: nn.Module, number: int, architecture: Architecture,
     default = width // num_heads if width is not None else None
     head_dim = _size(holders, path, "head_dim", architecture.head_dim, HEAD_DIM, default)
     causal = architecture.causal
-    if not isinstance(causal, bool):
-        name = causal or "is_causal"
-        causal = any(bool(getattr(holder, name, False)) for holder in holders)
+    if causal is None:
+        causal = is_causal_module(module)
+    elif isinstance(causal, str):
+        causal = any(bool(getattr(holder, causal, False)) for holder in holders)
     scaling = architecture.scaling
     if isinstance(scaling, str):
         scaling = getattr(module, scaling, None)
@@ -95,6 +96,12 @@ def _site(path: str, module: nn.Module, number: int, architecture: Architecture,
         is_causal=causal,
         route=RoutedScores(causal, scaling, architecture.bias) if architecture.routed else None,
     )
+
+
+def is_causal_module(module: nn.Module, default: bool = False) -> bool:
+    """Whether an attention module sees only the past, by what it says itself; `default` where it says nothing."""
+    said = [getattr(module, name, None) for name in ("is_causal", "is_decoder")]
+    return default if said == [None, None] else any(bool(value) for value in said)
 
 
 def _first(holders: tuple[object, ...], names: tuple[str, ...]) -> int | None:
