@@ -124,8 +124,9 @@ def _why_not(model: PreTrainedModel, model_type: str) -> str:
     cross = [name for name in cross if not name.startswith(type(model).__name__) and _CROSS.search(name)]
     if found:
         reason = (
-            f"the forward of its attention ({', '.join(found)}) does not call transformers' AttentionInterface. Declare"
-            f' it with hf_focus.register_architecture("{model_type}", attention="{found[0]}", …) once it does'
+            f"the forward of its attention ({', '.join(found)}) does not call transformers' AttentionInterface. If it"
+            f' computes softmax(q·kᵀ)·v, hf_focus.register_architecture("{model_type}", attention="{found[0]}",'
+            " routed=True) declares it"
         )
     elif cross:
         reason = f"it only attends to other sequences ({', '.join(cross)}), and FocusA goes on self-attention"

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .call_checks import check_call
 from .discovery import eager_attention, interface_of
-from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
+from .errors import FocusConfigError, bad_value
 from .masks import find_query_offset, limit_distance
-from .sites import is_causal_module
 
 PREFIX = "focus|"
 # Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix
@@ -55,16 +55,11 @@ def _attend(
     branch = getattr(module, "focus", None)
     if branch is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
-    _check_sizes(module, branch, query, value)
     length, num_keys = query.shape[2], key.shape[2]
-    # A call may say False because its mask does the work; what a decoder says of itself holds then too
-    given = kwargs.get("is_causal")
-    is_causal = bool(given) or is_causal_module(module, default=given is None)
-    if not is_causal and length != num_keys:
-        raise UnsupportedArchitectureError(
-            f"{type(module).__name__} attends from {length} to {num_keys} tokens: FocusA goes on self-attention;"
-            " choose what to patch with FocusConfig(modules=…)."
-        )
+    is_causal = _is_causal(
+        module, branch, implementation, kwargs.get("is_causal"), attention_mask is not None or length != num_keys
+    )
+    check_call(module, branch, query, key, value, is_causal)
     offset = find_query_offset(attention_mask, length, num_keys, is_causal)
 
     global_mask, config = attention_mask, branch.config
@@ -88,14 +83,14 @@ def _attend(
     return output, weights
 
 
-def _check_sizes(module: nn.Module, branch: nn.Module, query: Tensor, value: Tensor) -> None:
-    wanted = (branch.num_heads, branch.head_dim, branch.value_head_dim)
-    given = (query.shape[1], query.shape[3], value.shape[3])
-    if given != wanted:
-        raise UnsupportedArchitectureError(
-            f"{type(module).__name__} attends with (num_heads, head_dim, value_head_dim) = {given}, and FocusA was"
-            f" built for {wanted}; name the right attributes with register_architecture."
-        )
+def _is_causal(module: nn.Module, branch: nn.Module, implementation: str, given: bool | None, masked: bool) -> bool:
+    declared = getattr(branch, "causal", None)
+    if declared is not None:
+        return declared
+    # As transformers' sdpa reads it, where eager attention knows masks only; a decoder may say False all the same
+    # where its mask or the cache does the work
+    said = getattr(module, "is_causal", implementation != "eager") if given is None else given
+    return bool(said or getattr(module, "is_causal", False) or (masked and getattr(module, "is_decoder", False)))
 
 
 def register_interface() -> None:

@@ -255,7 +255,10 @@ def plan_adoption(
         if isinstance(module, PreTrainedModel) and any(_is_within(site.path, path) for site in sites)
     }
     # An inner model may be saved alone: its settings are for the paths within it
-    settings = {id(holder.config): _settings_within(path, sites, focus_config) for path, holder in holders.items()}
+    # (one that shares its config with the outer one has the outer one's)
+    settings = {
+        id(holder.config): _settings_within(path, sites, focus_config) for path, holder in reversed(holders.items())
+    }
     olds = {id(holder.config): holder.config for holder in reversed(holders.values())}
     # Modules read the attention from their own config, which needs not be a model's
     read = {id(site.module.config): site.module.config for site in sites if site.route is None}

@@ -12,10 +12,10 @@ from .modeling import register_models
 
 
 class FocusTypes(dict[str, type[PreTrainedConfig]]):
-    """Registered config classes by model type, with `focus_x` for every x that transformers knows, made when asked for.
+    """Registered config classes by model type, and `focus_x` for every x that transformers knows, made when asked for.
 
-    It takes the place of the plain dict in which transformers keeps what was registered: to register every Focus config
-    at import would take seconds, and types that a user registers later have theirs too.
+    It takes the place of the plain dict in which transformers keeps what was registered: to register every Focus
+    config at import would take seconds, and types that a user registers later have theirs too.
     """
 
     def __contains__(self, name: object) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .call_checks import check_call
 from .errors import UnsupportedArchitectureError
 from .masks import find_query_offset, is_visible, limit_distance
 
@@ -125,19 +126,8 @@ class Route(TorchFunctionMode):
     ) -> Tensor:
         """All (B, H, T or S, D or Dv) -> (B, H, T, Dv)."""
         branch, length, num_keys = self.branch, query.shape[2], key.shape[2]
-        given = (query.shape[1], query.shape[3], value.shape[3])
-        if given != (branch.num_heads, branch.head_dim, branch.value_head_dim):
-            wanted = (branch.num_heads, branch.head_dim, branch.value_head_dim)
-            raise UnsupportedArchitectureError(
-                f"{type(self.module).__name__} attends with (num_heads, head_dim, value_head_dim) = {given}, and FocusA"
-                f" was built for {wanted}; name the right attributes with register_architecture."
-            )
         is_causal = branch.route.is_causal
-        if not is_causal and length != num_keys:
-            raise UnsupportedArchitectureError(
-                f"{type(self.module).__name__} attends from {length} to {num_keys} tokens: FocusA goes on"
-                " self-attention; choose what to patch with FocusConfig(modules=…)."
-            )
+        check_call(self.module, branch, query, key, value, is_causal)
         focused = branch(
             query,
             key,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, WIDTH, Architecture
 from .branch import FocusBranch
@@ -26,6 +25,7 @@ class Site:
     head_dim: int
     value_head_dim: int
     is_causal: bool
+    declared_causal: bool | None = None
     route: "RoutedScores | None" = None
 
 
@@ -65,7 +65,7 @@ def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
 
 def _site(path: str, module: nn.Module, number: int, architecture: Architecture, model_config: object) -> Site:
     config = getattr(module, "config", None)
-    if not isinstance(config, PreTrainedConfig) and not architecture.routed:
+    if not hasattr(config, "_attn_implementation") and not architecture.routed:
         accepted = "an attention module that reads its attention function's name from its `config`"
         raise UnsupportedArchitectureError(bad_value(path, type(module).__name__, accepted))
     # The module first: its own sizes win over a config shared by layers of different sizes
@@ -94,14 +94,14 @@ def _site(path: str, module: nn.Module, number: int, architecture: Architecture,
         head_dim=head_dim,
         value_head_dim=_size(holders, path, "value_head_dim", architecture.value_head_dim, VALUE_HEAD_DIM, head_dim),
         is_causal=causal,
+        declared_causal=None if architecture.causal is None else causal,
         route=RoutedScores(causal, scaling, architecture.bias) if architecture.routed else None,
     )
 
 
-def is_causal_module(module: nn.Module, default: bool = False) -> bool:
-    """Whether an attention module sees only the past, by what it says itself; `default` where it says nothing."""
-    said = [getattr(module, name, None) for name in ("is_causal", "is_decoder")]
-    return default if said == [None, None] else any(bool(value) for value in said)
+def is_causal_module(module: nn.Module) -> bool:
+    """Whether an attention module says that it sees only the past."""
+    return bool(getattr(module, "is_causal", False) or getattr(module, "is_decoder", False))
 
 
 def _first(holders: tuple[object, ...], names: tuple[str, ...]) -> int | None:
@@ -170,6 +170,7 @@ def build_branches(sites: list[Site], config: FocusConfig, dtype: torch.dtype) -
     for site in sites:
         with torch.device(_device(site.module)):
             branch = FocusBranch(config, site.num_heads, site.head_dim, site.value_head_dim)
+        branch.causal = site.declared_causal
         branches[site.path] = branch.to(dtype).train(site.module.training)
     return branches
 

@@ -1,16 +1,17 @@
 """Which model types of the installed transformers FocusA can patch, told without importing any of their models."""
 
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from .architecture import declared_architectures
 
 # What the source of a reached model says: it asks for its attention, or it is made of other models
-_REACHED = ("ALL_ATTENTION_FUNCTIONS", "AutoModel.from_config", "AutoModelForCausalLM.from_config")
+_REACHED = ("ALL_ATTENTION_FUNCTIONS", "AutoModel.from_config", "AutoModelForCausalLM.from_config", "load_backbone")
 
 
 def supported_architectures() -> list[str]:
@@ -34,5 +35,20 @@ def auto_model_types() -> dict[str, list[str]]:
 
 @cache
 def _is_reached(model_type: str) -> bool:
-    folder = Path(find_spec("transformers").origin).parent / "models" / model_type_to_module_name(model_type)
-    return any(word in file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py") for word in _REACHED)
+    # Types that share a config share its models: GPT-SW3 is a GPT-2
+    config = CONFIG_MAPPING_NAMES.get(model_type)
+    types = {name for name, other in CONFIG_MAPPING_NAMES.items() if other == config} | {model_type}
+    return any(_says_so(model_type_to_module_name(name)) for name in types)
+
+
+@cache
+def _says_so(module: str) -> bool:
+    folder = Path(find_spec("transformers").origin).parent / "models" / module
+    sources = [file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py")]
+    if any(word in source for source in sources for word in _REACHED):
+        return True
+    # Made of another family's models, by import
+    others = {
+        name for source in sources for name in re.findall(r"^from \.\.(\w+)(?:\.modeling\w+)? import", source, re.M)
+    }
+    return any(_says_so(name) for name in others - {"auto", module})

@@ -15,6 +15,10 @@ _TABLE = (
     # Keys that are not the tokens, in some layers
     Architecture("deepseek_v4", attention="DeepseekV4Attention", unless="compressor"),
     Architecture("segformer", attention="SegformerAttention", unless="sequence_reduction_ratio"),
+    # A decoder by its name, for the sake of its cross-attention, that sees everything
+    Architecture(
+        "bridgetower", attention=("BridgeTowerSelfAttention",), causal=False, exclude=r"crossattention",
+    ),
     # Off the interface
     Architecture("gpt_neox_japanese", attention="GPTNeoXJapaneseAttention", routed=True, causal=True),
     Architecture("openai-gpt", attention="Attention", routed=True, causal=True),
@@ -27,13 +31,18 @@ _TABLE = (
     Architecture("bros", attention="BrosSelfAttention", routed=True, bias=True),
     Architecture("canine", attention="CanineSelfAttention", routed=True),
     Architecture("clvp", attention="ClvpSelfAttention", routed=True, causal="is_decoder"),
-    Architecture("data2vec-vision", attention=("Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention"), routed=True, bias=True),
+    Architecture(
+        "data2vec-vision",
+        attention=("Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention"),
+        routed=True,
+        bias=True,
+    ),
     Architecture("deberta", attention="DisentangledSelfAttention", routed=True, scaling=1.0, bias=True),
     Architecture("flava", attention="FlavaSelfAttention", routed=True),
     Architecture("git", attention="GitSelfAttention", routed=True, causal=True, parts=(
         Architecture("git_vision_model", attention="GitVisionAttention"),
     )),
-    Architecture("groupvit", attention="GroupViTAttention", routed=True, scaling=1.0, exclude="pre_assign_attn|grouper"),
+    Architecture("groupvit", attention="GroupViTAttention", exclude="pre_assign_attn", routed=True, scaling=1.0),
     Architecture("ibert", attention="IBertSelfAttention", routed=True),
     Architecture("imagegpt", attention="ImageGPTAttention", routed=True, causal=True),
     Architecture("layoutlmv3", attention="LayoutLMv3SelfAttention", routed=True, bias=True),
