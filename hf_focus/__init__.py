@@ -4,7 +4,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from .architecture import Architecture, supported_architectures
+from .architecture import Architecture
 from .attention import focus_attention
 from .configuration import FocusConfig
 from .errors import FocusError
@@ -20,6 +20,7 @@ from .recording import record_focus
 from .refiner import Refiner
 from .registration import register_all, register_architecture
 from .span import AdaptiveSpan, Predictor
+from .support import supported_architectures
 
 register_all(DECLARATIONS)
 

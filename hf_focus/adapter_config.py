@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers import PreTrainedModel
 
-from .architecture import Architecture, find_architecture
+from .architecture import Architecture
 from .configuration import FocusConfig
+from .discovery import architecture_of
 from .errors import FocusConfigError, bad_value
 
 
@@ -59,15 +61,15 @@ class FocusAdapterFields:
         """`focus_config` as a `FocusConfig`."""
         return FocusConfig.from_dict(self.focus_config)
 
-    def find_architecture(self, model_type: str) -> Architecture:
-        """The declaration that the adapter brings, or else the registered one.
+    def find_architecture(self, model: PreTrainedModel) -> Architecture:
+        """The declaration that the adapter brings, or else the model's.
 
         Raises:
             UnsupportedArchitectureError: there is neither.
         """
         if self.focus_architecture is not None:
-            return Architecture.from_dict(model_type, self.focus_architecture)
-        return find_architecture(model_type)
+            return Architecture.from_dict(model.config.model_type, self.focus_architecture)
+        return architecture_of(model)
 
 
 @dataclass

@@ -144,7 +144,7 @@ class FocusTuner:
             accepted = f"one of {', '.join(map(repr, self.peft_config))} in a list"
             raise FocusConfigError(bad_value("adapter_names", adapter_names, accepted))
         config = self.peft_config[names[0]]
-        architecture = config.find_architecture(config.base_model_type)
+        architecture = config.find_architecture(self.model)
         sites = plan(self.model, config.settings, architecture)
         branches = {site.path: site.module.focus.focus_branches[names[0]] for site in sites}
         for path, branch in branches.items():
@@ -231,7 +231,7 @@ def plan_adapter(
     if config.base_model_type not in (None, model_type):
         accepted = f"a model of type {config.base_model_type!r}, which the adapter was made for"
         raise FocusCheckpointError(bad_value("model", f"{kind} of type {model_type}", accepted))
-    architecture, settings = config.find_architecture(model_type), config.settings
+    architecture, settings = config.find_architecture(model), config.settings
     sites = plan(model, settings, architecture)
     _check_attention(sites, settings)
     layers = {site.path: _describe(site) for site in sites}
@@ -253,7 +253,7 @@ def _describe(site: Site) -> str:
 def _check_attention(sites: list[Site], settings: FocusConfig) -> None:
     for site in sites:
         config = getattr(site.module, "config", None)
-        if config is None:
+        if config is None or site.route is not None:
             accepted = "an attention module that reads its attention function's name from its `config`"
             raise UnsupportedArchitectureError(bad_value(site.path, type(site.module).__name__, accepted))
         focus_name(config._attn_implementation)

@@ -49,7 +49,7 @@ def differentiate(
         )
         for name in wanted
     }
-    for cell in cells(problem, size):
+    for cell in cells(problem, size, kept=problem.max_iterations):
         tensors, trace = CellTensors(cell.cut(problem), shared), Trace()
         solve_cell(tensors, trace)
         parts = {name: cell.of(name, total) for name, total in sums.items()}

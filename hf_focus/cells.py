@@ -19,6 +19,8 @@ OTHER_QUERY_BLOCK = 256
 MOST_SCORES = {"cpu": 2**19}
 OTHER_MOST_SCORES = 2**26
 REACH_STEP = 32
+# Shapes of cells at the start of a sequence differ, and return only in the next rows of the batch
+MOST_BANDS = 32
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ def reads_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def cells(problem: FocusProblem, size: int | None = None) -> Iterator[Cell]:
-    """Cut a problem into cells of at most `size` queries; None: what was measured to be fast."""
+def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iterator[Cell]:
+    """Cut a problem into cells of at most `size` queries; None: what was measured to be fast.
+
+    `kept` is of how many iterations the scores are held at once.
+    """
     device = problem.query.device.type
     size = size or QUERY_BLOCK.get(device, OTHER_QUERY_BLOCK)
     batch, heads, length = problem.query.shape[:3]
@@ -62,7 +67,9 @@ def cells(problem: FocusProblem, size: int | None = None) -> Iterator[Cell]:
         # A window that lies outside the keys still needs one column, all masked, to give zeros
         first = min(max(start + offset - reach, 0), num_keys - 1)
         last = max(min(last, num_keys), first + 1)
-        together = max(1, MOST_SCORES.get(device, OTHER_MOST_SCORES) // (heads * (stop - start) * (last - first)))
+        together = max(
+            1, MOST_SCORES.get(device, OTHER_MOST_SCORES) // (heads * (stop - start) * (last - first) * kept)
+        )
         for row in range(0, batch, together):
             yield Cell(slice(row, min(row + together, batch)), slice(start, stop), slice(first, last))
 
@@ -71,9 +78,11 @@ def _reaches(problem: FocusProblem, size: int) -> list[int]:
     """For each block of queries, the largest distance at which one of them can see a key."""
     length, most = problem.query.shape[2], problem.max_span - 1
     blocks = -(-length // size)
+    if not problem.span.numel():
+        return []
     if not reads_are_free(problem.span):
         return [most] * blocks
-    longest = problem.span.detach().amax(dim=(0, 1))
+    longest = problem.span.detach().to(problem.compute_dtype).amax(dim=(0, 1))
     longest = torch.nn.functional.pad(longest, (0, blocks * size - length)).view(blocks, size).amax(dim=1)
     # m(d) > 0 up to d < z + ramp, and a span that is no number hides nothing. In coarse steps, so that cells of one
     # shape are many
@@ -115,6 +124,8 @@ class Workspace:
         self.epsilon = problem.query.new_full((1,), unit_epsilon(dtype), dtype=dtype)
         # Where each span reaches over all keys, no cell needs a mask of its own
         self.flat = reads_are_free(problem.span) and bool((problem.span >= problem.max_span - 1).all())
+        # m(0) = 0 only where a span is negative
+        self.owned = reads_are_free(problem.span) and not bool((problem.span < 0).any())
         self._ones: dict[int, Tensor] = {}
         self._bands: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -133,7 +144,7 @@ class Workspace:
             bias = bias + p.position_bias
         if p.attention_mask is not None:
             bias = bias + p.additive_mask(p.attention_mask)
-        elif 0 <= p.query_offset <= p.key.shape[2] - p.query.shape[2]:
+        elif self.owned and p.position_bias is None and 0 <= p.query_offset <= p.key.shape[2] - p.query.shape[2]:
             # Every query has its own key
             return bias, None
         empty = (bias == float("-inf")).all(-1, keepdim=True)
@@ -161,5 +172,7 @@ class Workspace:
                 unreachable = unreachable | (distance < 0)
             distance = distance.abs().to(p.compute_dtype).div_(p.ramp).masked_fill_(unreachable, float("inf"))
             bias = torch.zeros_like(distance).masked_fill_(unreachable, float("-inf"))
+            if len(self._bands) == MOST_BANDS:
+                self._bands.clear()
             self._bands[name] = distance, bias[None, None]
         return self._bands[name]

@@ -1,5 +1,6 @@
 """`FocusConfig`: every setting of FocusA, validated when it is made, and saved inside the model's config.json."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -28,12 +29,21 @@ _LAYERS = Rule(
     ),
 )
 
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
 _RULES = {
     "max_span": int_from(1),
     "max_iterations": int_from(1),
     "max_dist": optional(int_from(1)),
     "sink_tokens": int_from(0),
     "layers": optional(_LAYERS),
+    "modules": optional(Rule("a regular expression", _is_pattern)),
     "ramp": int_from(1),
     "per_head_span": BOOL,
     "span_granularity": choice("token", "window", "sequence"),
@@ -78,6 +88,8 @@ class FocusConfig:
         sink_tokens: first tokens of a sequence that stay visible to the global branch under `max_dist` (StreamingLLM,
             2309.17453). A layer with a sliding window of its own has none: it looks min(window, max_dist) far.
         layers: numbers of the layers to patch; None patches all.
+        modules: regular expression: only self-attention whose path in the model it finds is patched. It chooses the
+            towers of a multimodal model: `"vision"`, `"^model.language_model"`.
         ramp: width of the soft edge of the span, in tokens (Adaptive Span, 1905.07799).
         per_head_span: one span a head, or one shared by all heads (the seed).
         span_granularity: what the predictor pools over: `"token"` (nothing), `"window"`, or `"sequence"` (the seed).
@@ -120,6 +132,7 @@ class FocusConfig:
     max_dist: int | None = None
     sink_tokens: int = 4
     layers: list[int] | None = None
+    modules: str | None = None
     ramp: int = 32
     per_head_span: bool = True
     span_granularity: str = "token"

@@ -9,7 +9,7 @@ from torch import Tensor
 from .backends import Backend, check_name, choose, is_training
 from .band_mask import BandMask
 from .errors import FocusError
-from .problem import FocusOutput, FocusProblem, changed
+from .problem import FocusOutput, FocusProblem, changed, without_autocast
 
 _REQUIRED = ("query", "key", "value", "span", "sharpness")
 # Fields of `FocusProblem` beside its tensors, with the types that operators know
@@ -61,7 +61,8 @@ class _Focus(torch.autograd.Function):
         problem = changed(ctx.settings, **dict(zip(_TENSORS, (*tensors, mask), strict=True)))
         names = FocusProblem.TENSORS
         wanted = [name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed]
-        grads = ctx.backend.differentiate(problem, iterations, grad, wanted)
+        with without_autocast(grad):
+            grads = ctx.backend.differentiate(problem, iterations, grad, wanted)
         return (None, None, *(grads.get(name) for name in names))
 
 
@@ -85,7 +86,8 @@ def _forward(backend: str, training: bool, *arguments: Any) -> tuple[Tensor, Ten
 def _backward(grad: Tensor, iterations: Tensor, wanted: list[bool], backend: str, *arguments: Any) -> list[Tensor]:
     problem = _problem(arguments)
     names = [name for name, needed in zip(FocusProblem.TENSORS, wanted, strict=True) if needed]
-    grads = choose(backend, problem, training=True).differentiate(problem, iterations, grad, names)
+    with without_autocast(grad):
+        grads = choose(backend, problem, training=True).differentiate(problem, iterations, grad, names)
     return [grads[name] for name in names]
 
 
@@ -149,7 +151,7 @@ def run(problem: FocusProblem, name: str) -> FocusOutput:
     if torch.compiler.is_compiling() and name != "reference":
         if isinstance(problem.attention_mask, BandMask):
             problem = changed(problem, attention_mask=problem.attention_mask.dense())
-        arguments = (getattr(problem, name) for name in (*_TENSORS, *_SETTINGS))
+        arguments = (getattr(problem, field) for field in (*_TENSORS, *_SETTINGS))
         output, entropy, coverage, iterations = _forward_op(name, training, *arguments)
         statistics = (entropy, coverage) if problem.need_statistics else (None, None)
         return FocusOutput(output, *statistics, iterations)

@@ -44,6 +44,12 @@ class FocusConfigMixin:
         values = super().to_dict()
         # What a live model had before it was patched is of no use to a saved one
         values.pop("focus_replaced_attention", None)
+        # The outermost config says all that is needed to patch the models within again; and code that does not know
+        # ours reads their types
+        for name, part in _parts(self).items():
+            if is_focus(part):
+                values[name] = to_base(part).to_dict()
+                values[name].pop("transformers_version", None)
         return values
 
     @classmethod
@@ -112,14 +118,35 @@ def _unpickled(base: type[PreTrainedConfig]) -> PreTrainedConfig:
     return config_class.__new__(config_class)
 
 
-def to_focus(config: PreTrainedConfig, focus_config: FocusConfig, architecture: Architecture) -> PreTrainedConfig:
-    """A copy of a config as its Focus class."""
-    config = copy.deepcopy(config)
-    config.__class__ = focus_config_class(type(config))
+def to_focus(
+    config: PreTrainedConfig,
+    focus_config: FocusConfig,
+    architecture: Architecture | None,
+    parts: dict[int, PreTrainedConfig] | None = None,
+) -> PreTrainedConfig:
+    """A copy of a config as its Focus class.
+
+    Args:
+        architecture: None where it will be read from the model.
+        parts: replacements of configs within it, by the id of the old one; the others are shared with the old config.
+    """
+    config = _copy(config, parts or {})
+    _change_class(config, focus_config_class(type(config)))
     config.focus_format = FORMAT
     config.focus_config = focus_config.to_dict()
-    config.focus_architecture = architecture.to_dict()
+    config.focus_architecture = None if architecture is None else architecture.to_dict()
     return config
+
+
+def _parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """Configs that a config holds, of a multimodal model's towers for example, by the name it holds them under."""
+    return {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+
+
+def _copy(config: PreTrainedConfig, parts: dict[int, PreTrainedConfig]) -> PreTrainedConfig:
+    # A model's modules hold the very objects that its config holds: a copy must go on doing so
+    memo = {id(part): parts.get(id(part), part) for part in _parts(config).values()}
+    return copy.deepcopy(config, memo)
 
 
 def is_focus(config: PreTrainedConfig) -> bool:
@@ -127,17 +154,44 @@ def is_focus(config: PreTrainedConfig) -> bool:
     return getattr(config, "focus_config", None) is not None
 
 
-def to_base(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of a Focus config as the architecture's own class, with nothing of ours left."""
-    config = copy.deepcopy(config)
+def _change_class(config: PreTrainedConfig, new: type[PreTrainedConfig]) -> None:
+    config.__class__ = new
+    if "model_type" in vars(config):
+        # Read from a file, it holds its type itself
+        vars(config)["model_type"] = new.model_type
+
+
+def with_plain_parts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A Focus config whose parts are none: what a model is built from, which adopts its parts when they are there.
+
+    It is a copy where it has such parts: they belong to the live model that the config comes from.
+    """
+    done: dict[int, PreTrainedConfig] = {}
+    parts = {id(part): to_base(part, done) for part in _parts(config).values() if is_focus(part)}
+    return _copy(config, parts) if parts else config
+
+
+def to_base(config: PreTrainedConfig, done: dict[int, PreTrainedConfig] | None = None) -> PreTrainedConfig:
+    """A copy of a Focus config, and of those within it, as the architecture's own class, with nothing of ours left.
+
+    Args:
+        done: copies made so far, by the id of the Focus config; filled.
+    """
+    done = {} if done is None else done
+    if id(config) in done:
+        return done[id(config)]
+    original = config
+    parts = {id(part): to_base(part, done) for part in _parts(config).values() if is_focus(part)}
+    config = _copy(config, parts)
     attention = global_name(config._attn_implementation)
     if attention == config.focus_config["global_attn_implementation"]:
         # It was FocusA's choice, not the model's
         attention = getattr(config, "focus_replaced_attention", attention)
-    config.__class__ = type(config).base_class
+    _change_class(config, type(config).base_class)
     config._attn_implementation_internal = attention
     for name in ("focus_format", "focus_config", "focus_architecture", "focus_replaced_attention", "auto_map"):
         vars(config).pop(name, None)
+    done[id(original)] = config
     return config
 
 

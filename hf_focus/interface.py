@@ -1,16 +1,16 @@
 """The attention function that transformers calls: the model's own attention, and FocusA where a layer has it."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .band_mask import BandMask
-from .errors import FocusConfigError, UnsupportedArchitectureError, bad_value
+from .call_checks import check_call
+from .discovery import eager_attention, interface_of
+from .errors import FocusConfigError, bad_value
 from .global_branch import Call, attend_globally, check_keys
 from .masks import find_query_offset
 from .model_masks import with_band_mask
@@ -41,10 +41,7 @@ def global_name(implementation: str | None) -> str | None:
 
 
 def _global_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    # Each modeling file has an eager attention of its own
-    return sys.modules[type(module).__module__].eager_attention_forward
+    return eager_attention(module) if implementation == "eager" else interface_of(module)[implementation]
 
 
 def _attend(
@@ -61,12 +58,13 @@ def _attend(
     lazy = attention_mask is not None and not isinstance(attention_mask, Tensor)
     if branch is None:
         return attention(module, query, key, value, attention_mask.dense() if lazy else attention_mask, **kwargs)
-    _check_sizes(module, branch, query, value, kwargs)
     length, num_keys = query.shape[2], key.shape[2]
     if branch.config.max_dist is not None:
         check_keys(attention_mask, num_keys)
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    is_causal = _is_causal(
+        module, branch, implementation, kwargs.get("is_causal"), attention_mask is not None or length != num_keys
+    )
+    check_call(module, branch, query, key, value, is_causal)
     offset = attention_mask.query_offset if lazy else find_query_offset(attention_mask, length, num_keys, is_causal)
 
     if branch.config.max_dist is None:
@@ -92,16 +90,14 @@ def _attend(
     return output, weights
 
 
-def _check_sizes(module: nn.Module, branch: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
-    wanted = (branch.num_heads, branch.head_dim, branch.value_head_dim)
-    given = (query.shape[1], query.shape[3], value.shape[3])
-    if given != wanted:
-        raise UnsupportedArchitectureError(
-            f"{type(module).__name__} attends with (num_heads, head_dim, value_head_dim) = {given}, and FocusA was"
-            f" built for {wanted}; name the right attributes with register_architecture."
-        )
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedArchitectureError(f"{type(module).__name__} has attention sinks, which FocusA does not know.")
+def _is_causal(module: nn.Module, branch: nn.Module, implementation: str, given: bool | None, masked: bool) -> bool:
+    declared = getattr(branch, "causal", None)
+    if declared is not None:
+        return declared
+    # As transformers' sdpa reads it, where eager attention knows masks only; a decoder may say False all the same
+    # where its mask or the cache does the work
+    said = getattr(module, "is_causal", implementation != "eager") if given is None else given
+    return bool(said or getattr(module, "is_causal", False) or (masked and getattr(module, "is_decoder", False)))
 
 
 def register_interface() -> None:

@@ -1,6 +1,7 @@
 """Model classes of patched architectures: `FocusLlamaForCausalLM(LlamaForCausalLM)`, made on demand for any class."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from os import PathLike
@@ -23,9 +24,10 @@ from .architecture import Architecture, find_architecture
 from .auto_classes import PREPROCESSORS, auto_models
 from .branch import FocusBranch
 from .configuration import FocusConfig
+from .discovery import architecture_of
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
 from .focus_cache import FocusCache
-from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus
+from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus, with_plain_parts
 from .interface import focus_name, global_name, register_interface
 from .model_masks import as_tensor
 from .penalty import with_span_penalty
@@ -42,11 +44,13 @@ class FocusMixin:
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         if not is_focus(config):
-            config = to_focus(config, FocusConfig(), find_architecture(config.model_type))
+            config = to_focus(config, FocusConfig(), None)
+        config = with_plain_parts(config)
         # Some heads make their inner model through AutoModel
         register_models(type(config))
         super().__init__(config, *inputs, **kwargs)
         focus_config, architecture = read_patch(config)
+        architecture = architecture_of(self) if architecture is None else architecture
         config.focus_architecture = architecture.to_dict()
         sites = plan(self, focus_config, architecture)
         adoption = plan_adoption(self, sites, focus_config, architecture)
@@ -79,14 +83,15 @@ class FocusMixin:
         wanted = global_name(attn_implementation)
         if wanted is None:
             wanted = read_patch(self.config)[0].global_attn_implementation
-        return focus_name(super()._check_and_adjust_attn_implementation(wanted, *args, **kwargs))
+        chosen = super()._check_and_adjust_attn_implementation(wanted, *args, **kwargs)
+        return chosen if _is_routed(self.config) else focus_name(chosen)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As transformers', for the global branch."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         for module in self.modules():
             # transformers does not ask inner models, only the outermost
-            if isinstance(module, FocusMixin):
+            if isinstance(module, FocusMixin) and not _is_routed(module.config):
                 module.config._attn_implementation_internal = focus_name(module.config._attn_implementation)
 
     def _prepare_cache_for_generation(
@@ -173,9 +178,14 @@ class FocusMixin:
 
 
 def has_bounded_cache(model: PreTrainedModel) -> bool:
-    """Whether no layer of a decoder looks further than `max_dist`."""
+    """Whether no layer of a decoder looks further than `max_dist`, and each keeps keys and values of its own."""
     config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder or config.focus_config["max_dist"] is None:
+    settings = getattr(config, "focus_config", None)
+    if model.config.is_encoder_decoder or settings is None or settings["max_dist"] is None or _is_routed(config):
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    if not kinds <= {"full_attention", "sliding_attention"} or shared:
         return False
     branches = sum(isinstance(module, FocusBranch) for module in model.modules())
     return branches == config.num_hidden_layers
@@ -250,11 +260,11 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
             mapping.register(config_class, mapping[base], exist_ok=True)
 
 
-def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture]:
-    """The settings and the architecture saved in a Focus config.
+def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture | None]:
+    """The settings and the architecture saved in a Focus config, or declared; None: to be read from the model.
 
     Raises:
-        FocusConfigError, UnsupportedArchitectureError: they are not valid, or nothing is declared for the model type.
+        FocusConfigError: they are not valid.
     """
     model_type = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     if config.focus_architecture is not None:
@@ -282,23 +292,65 @@ def plan_adoption(
     Raises:
         FocusConfigError: the attention of one of them cannot be wrapped.
     """
-    holders = [
-        module
+    holders = {
+        path: module
         for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel)
-        and any(f"{site.path}.".startswith(f"{path}." if path else "") for site in sites)
-    ]
-    configs = {}
-    for holder in holders:
-        old = holder.config
-        if not is_focus(old) and id(old) not in configs:
-            new = to_focus(old, focus_config, architecture)
-            wanted = focus_config.global_attn_implementation or old._attn_implementation
-            new._attn_implementation_internal = focus_name(wanted)
-            new.focus_replaced_attention = old._attn_implementation
-            configs[id(old)] = new
+        if isinstance(module, PreTrainedModel) and any(_is_within(site.path, path) for site in sites)
+    }
+    # An inner model may be saved alone: its settings are for the paths within it
+    # (one that shares its config with the outer one has the outer one's)
+    settings = {
+        id(holder.config): _settings_within(path, sites, focus_config) for path, holder in reversed(holders.items())
+    }
+    olds = {id(holder.config): holder.config for holder in reversed(holders.values())}
+    # Modules read the attention from their own config, which needs not be a model's
+    read = {id(config): config for config in (_own_config(site.module) for site in sites if site.route is None)}
+    olds = {**read, **olds}
+    configs: dict[int, PreTrainedConfig] = {}
+    # The innermost first, since the outer ones hold them
+    for key, old in sorted(olds.items(), key=lambda item: _depth(item[1])):
+        if is_focus(old):
+            continue
+        new = to_focus(old, settings.get(key, focus_config), architecture, configs)
+        wanted = focus_config.global_attn_implementation or old._attn_implementation or "eager"
+        # A forward that does not call the interface reads the name itself, and knows none of ours
+        routed = key not in read and _is_routed(new)
+        new._attn_implementation_internal = wanted if routed else focus_name(wanted)
+        new.focus_replaced_attention = old._attn_implementation
+        configs[key] = new
+    for holder in holders.values():
         focus_model_class(type(holder))
-    return Adoption(holders, configs)
+    return Adoption(list(holders.values()), configs)
+
+
+def _own_config(module: nn.Module) -> PreTrainedConfig:
+    # While adapters are on a layer, its config is one in front of its own
+    return module.config if isinstance(module.config, PreTrainedConfig) else module.config.base
+
+
+def _is_routed(config: PreTrainedConfig) -> bool:
+    """Whether the attention that reads this Focus config does not call the interface."""
+    model_type = type(config).base_class.model_type
+    architecture = read_patch(config)[1]
+    if architecture is None:
+        return False
+    # A part has the name of its own model type, and the whole that of whichever config it was saved in
+    return next(item.routed for item in (*architecture.parts, architecture) if item.model_type == model_type)
+
+
+def _is_within(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}." if outer else "")
+
+
+def _settings_within(outer: str, sites: list[Site], focus_config: FocusConfig) -> FocusConfig:
+    if focus_config.modules is None or not outer:
+        return focus_config
+    paths = [re.escape(site.path.removeprefix(f"{outer}.")) for site in sites if _is_within(site.path, outer)]
+    return replace(focus_config, modules=f"^({'|'.join(paths)})$")
+
+
+def _depth(config: PreTrainedConfig) -> int:
+    return 1 + max((_depth(part) for part in vars(config).values() if isinstance(part, PreTrainedConfig)), default=0)
 
 
 def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
@@ -312,11 +364,16 @@ def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
 
 
 def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
-    """Replace configs, given by the id of the old one, in every module that holds one."""
+    """Replace configs, given by the id of the old one, in every module and in every config of one that holds one."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig) and id(value) in configs:
+            if not isinstance(value, PreTrainedConfig):
+                continue
+            if id(value) in configs:
                 setattr(module, name, configs[id(value)])
+            for part_name, part in vars(value).items():
+                if isinstance(part, PreTrainedConfig) and id(part) in configs and is_focus(value):
+                    setattr(value, part_name, configs[id(part)])
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -1,16 +1,18 @@
 """`apply_focus` and `remove_focus`: FocusA into a live model and out of it again."""
 
+import warnings
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architecture import find_architecture
 from .branch import FocusBranch
 from .configuration import FocusConfig
+from .discovery import architecture_of, unreached_attention
 from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_value
-from .focus_configs import to_base
+from .focus_configs import is_focus, to_base
 from .modeling import FocusMixin, adopt, plan_adoption, repoint
+from .routing import unrouted_class
 from .sites import build_branches, install, plan
 
 
@@ -47,13 +49,20 @@ def apply_focus(
         accepted = "a model whose weights are in memory; patch before offloading it"
         raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
     config = FocusConfig.build(config, **settings)
-    architecture = find_architecture(model.config.model_type)
+    architecture = architecture_of(model)
     sites = plan(model, config, architecture)
     # Everything that can fail comes before the first change
     adoption = plan_adoption(model, sites, config, architecture)
     branches = build_branches(sites, config, model.dtype)
     install(sites, branches)
     adopt(model, adoption)
+    unreached = unreached_attention(model, architecture) if config.modules is None else []
+    if unreached:
+        warnings.warn(
+            f"FocusA does not reach {', '.join(unreached)} of {type(model).base_class.__name__}, which stays as it is:"
+            " it computes attention in a way of its own. FocusConfig(modules=…) says which parts are meant.",
+            stacklevel=2,
+        )
     return model
 
 
@@ -74,13 +83,16 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
             accepted = f"a model that PEFT does not wrap; `{path}` is wrapped, unload the adapter first"
             raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
     for path in branches:
-        delattr(model.get_submodule(path.rpartition(".")[0]), "focus")
-    configs = {}
+        module = model.get_submodule(path.rpartition(".")[0])
+        delattr(module, "focus")
+        module.__class__ = unrouted_class(type(module))
+    configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         if isinstance(module, FocusMixin):
             module.__class__ = type(module).base_class
-            if id(module.config) not in configs:
-                configs[id(module.config)] = to_base(module.config)
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig) and is_focus(value):
+                to_base(value, configs)
     repoint(model, configs)
     return model
 

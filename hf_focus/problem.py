@@ -105,6 +105,9 @@ class FocusProblem:
             tensor = getattr(self, name)
             if tensor is not None and not _fits(tensor, shape, name):
                 raise FocusConfigError(bad_value(name, tuple(tensor.shape), _shown(shape, name)))
+        mask = self.attention_mask
+        if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            raise FocusConfigError(bad_value("attention_mask", mask.dtype, "torch.bool, or a floating dtype"))
         for name, options in (("feedback", FEEDBACKS), ("stop", STOPS)):
             if getattr(self, name) not in options:
                 raise FocusConfigError(bad_value(name, getattr(self, name), " or ".join(map(repr, options))))

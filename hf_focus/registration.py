@@ -3,26 +3,43 @@
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .architecture import Architecture, declare
-from .focus_configs import FocusConfigMixin, focus_config_class
+from .focus_configs import MODEL_TYPE_PREFIX, FocusConfigMixin, focus_config_class
 from .modeling import register_models
 
 
-def register_config(model_type: str) -> None:
-    """Make `AutoConfig` know `focus_<model_type>`, if transformers has the model type."""
-    if model_type in CONFIG_MAPPING:
-        config_class = focus_config_class(CONFIG_MAPPING[model_type])
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+class FocusTypes(dict[str, type[PreTrainedConfig]]):
+    """Registered config classes by model type, and `focus_x` for every x that transformers knows, made when asked for.
+
+    It takes the place of the plain dict in which transformers keeps what was registered: to register every Focus
+    config at import would take seconds, and types that a user registers later have theirs too.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        base = _base_of(name)
+        return super().__contains__(name) or (base is not None and base in CONFIG_MAPPING)
+
+    def __missing__(self, name: str) -> type[PreTrainedConfig]:
+        base = _base_of(name)
+        if base is None or base not in CONFIG_MAPPING:
+            raise KeyError(name)
+        self[name] = focus_config_class(CONFIG_MAPPING[base])
+        return self[name]
+
+
+def _base_of(name: object) -> str | None:
+    prefixed = isinstance(name, str) and name.startswith(MODEL_TYPE_PREFIX)
+    return name.removeprefix(MODEL_TYPE_PREFIX) if prefixed else None
 
 
 def register_architecture(architecture: Architecture | str, **settings: Any) -> Architecture:
-    """Declare an architecture, so that `apply_focus` and the Auto classes know it, in this process.
+    """Declare an architecture that cannot be read from the model itself, in this process.
 
     ```python
-    register_architecture("my_model", attention="MyAttention")
+    register_architecture("my_model", attention="MyAttention", num_heads="my_heads")
     ```
 
     Args:
@@ -32,14 +49,14 @@ def register_architecture(architecture: Architecture | str, **settings: Any) -> 
     Raises:
         FocusConfigError: a setting that is not accepted.
     """
-    architecture = declare(architecture, **settings)
-    register_config(architecture.model_type)
-    return architecture
+    return declare(architecture, **settings)
 
 
 def register_all(architectures: Iterable[Architecture]) -> None:
-    """Register the configs of these architectures, and models as their configs come into use."""
-    # Importing the modeling files of every architecture now would take seconds
+    """Declare these architectures; make `AutoConfig` know every Focus config, and the Auto classes their models."""
+    # Importing the modeling files of every architecture now would take minutes
     FocusConfigMixin.on_create = register_models
+    if not isinstance(CONFIG_MAPPING._extra_content, FocusTypes):
+        CONFIG_MAPPING._extra_content = FocusTypes(CONFIG_MAPPING._extra_content)
     for architecture in architectures:
         register_architecture(architecture)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, Architecture
+from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, WIDTH, Architecture
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
+from .routing import routed_class
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,17 @@ class Site:
     head_dim: int
     value_head_dim: int
     is_causal: bool
+    declared_causal: bool | None = None
+    route: "RoutedScores | None" = None
+
+
+@dataclass(frozen=True)
+class RoutedScores:
+    """How attention that does not call the interface makes its scores: see `Architecture`, with what it names read."""
+
+    is_causal: bool
+    scaling: float | None
+    bias: bool
 
 
 def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
@@ -33,49 +45,89 @@ def find_sites(model: nn.Module, architecture: Architecture) -> list[Site]:
         UnsupportedArchitectureError: there is none, or its sizes cannot be told.
     """
     found = [
-        (path, module)
+        (path, module, declaration)
         for path, module in model.named_modules()
-        if type(module).__name__ in architecture.attention and not re.search(architecture.exclude, path)
+        if (declaration := architecture.of(path, module)) is not None
     ]
     if not found:
+        classes = " or ".join(
+            (*architecture.attention, *(name for part in architecture.parts for name in part.attention))
+        )
         raise UnsupportedArchitectureError(
             f"`{architecture.model_type}`: no module of {type(model).__name__} is of the declared attention class"
-            f" {' or '.join(architecture.attention)}; register_architecture with the class the model uses."
+            f" {classes}; register_architecture with the class the model uses."
         )
-    return [_site(path, module, number, architecture) for number, (path, module) in enumerate(found)]
+    config = getattr(model, "config", None)
+    return [
+        _site(path, module, number, declaration, config) for number, (path, module, declaration) in enumerate(found)
+    ]
 
 
-def _site(path: str, module: nn.Module, number: int, architecture: Architecture) -> Site:
+def _site(path: str, module: nn.Module, number: int, architecture: Architecture, model_config: object) -> Site:
+    config = getattr(module, "config", None)
+    if not hasattr(config, "_attn_implementation") and not architecture.routed:
+        accepted = "an attention module that reads its attention function's name from its `config`"
+        raise UnsupportedArchitectureError(bad_value(path, type(module).__name__, accepted))
+    # The module first: its own sizes win over a config shared by layers of different sizes
+    holders = (module, config, model_config) if architecture.routed else (module, config)
     numbers = [int(part) for part in path.split(".") if part.isdigit()]
-    num_heads = _size(module, path, "num_heads", architecture.num_heads, NUM_HEADS)
-    hidden = getattr(getattr(module, "config", None), "hidden_size", None)
-    default = hidden // num_heads if isinstance(hidden, int) else None
-    head_dim = _size(module, path, "head_dim", architecture.head_dim, HEAD_DIM, default)
+    num_heads = _size(holders, path, "num_heads", architecture.num_heads, NUM_HEADS)
+    width = _first(holders, WIDTH)
+    default = width // num_heads if width is not None else None
+    head_dim = _size(holders, path, "head_dim", architecture.head_dim, HEAD_DIM, default)
+    causal = architecture.causal
+    if causal is None:
+        causal = is_causal_module(module)
+    elif isinstance(causal, str):
+        causal = any(bool(getattr(holder, causal, False)) for holder in holders)
+    scaling = architecture.scaling
+    if isinstance(scaling, str):
+        scaling = getattr(module, scaling, None)
+        if not isinstance(scaling, (int, float)):
+            accepted = f"the name of a number on `{path}` ({type(module).__name__})"
+            raise UnsupportedArchitectureError(bad_value("scaling", architecture.scaling, accepted))
     return Site(
         path=path,
         module=module,
         layer=numbers[0] if numbers else number,
         num_heads=num_heads,
         head_dim=head_dim,
-        value_head_dim=_size(module, path, "value_head_dim", architecture.value_head_dim, VALUE_HEAD_DIM, head_dim),
-        is_causal=bool(getattr(module, "is_causal", False)),
+        value_head_dim=_size(holders, path, "value_head_dim", architecture.value_head_dim, VALUE_HEAD_DIM, head_dim),
+        is_causal=causal,
+        declared_causal=None if architecture.causal is None else causal,
+        route=RoutedScores(causal, scaling, architecture.bias) if architecture.routed else None,
     )
 
 
-def _size(
-    module: nn.Module, path: str, what: str, declared: str | None, usual: tuple[str, ...], default: int | None = None
-) -> int:
-    names = (declared,) if declared else usual
-    # The module first: its own sizes win over a config shared by layers of different sizes
-    for holder in (module, getattr(module, "config", None)):
+def is_causal_module(module: nn.Module) -> bool:
+    """Whether an attention module says that it sees only the past."""
+    return bool(getattr(module, "is_causal", False) or getattr(module, "is_decoder", False))
+
+
+def _first(holders: tuple[object, ...], names: tuple[str, ...]) -> int | None:
+    for holder in holders:
         for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
+    return None
+
+
+def _size(
+    holders: tuple[object, ...],
+    path: str,
+    what: str,
+    declared: str | None,
+    usual: tuple[str, ...],
+    default: int | None = None,
+) -> int:
+    value = _first(holders, (declared,) if declared else usual)
+    if value is not None:
+        return value
     if default is not None and not declared:
         return default
     raise UnsupportedArchitectureError(
-        bad_value(what, declared, f"the name of an int on `{path}` ({type(module).__name__}) or its config")
+        bad_value(what, declared, f"the name of an int on `{path}` ({type(holders[0]).__name__}) or its config")
     )
 
 
@@ -83,11 +135,11 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     """The sites that `config` asks for. Changes nothing.
 
     Raises:
-        NoMatchingLayerError: `config.layers` names layers that do not exist.
+        NoMatchingLayerError: `config.layers` or `config.modules` names what does not exist.
         FocusConfigError: settings that this model cannot have.
         UnsupportedArchitectureError: see `find_sites`.
     """
-    sites = find_sites(model, architecture)
+    sites = _within(find_sites(model, architecture), config.modules, model)
     if config.layers is not None:
         existing = sorted({site.layer for site in sites})
         missing = [layer for layer in config.layers if layer not in existing]
@@ -102,12 +154,23 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     return sites
 
 
+def _within(sites: list[Site], pattern: str | None, model: nn.Module) -> list[Site]:
+    found = sites if pattern is None else [site for site in sites if re.search(pattern, site.path)]
+    if not found:
+        # One path of each kind shows what there is to match
+        kinds = dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\g<1>0", site.path) for site in sites)
+        accepted = f"a pattern found in the paths of {type(model).__name__}'s self-attention: {', '.join(kinds)}"
+        raise NoMatchingLayerError(bad_value("modules", pattern, accepted))
+    return found
+
+
 def build_branches(sites: list[Site], config: FocusConfig, dtype: torch.dtype) -> dict[str, FocusBranch]:
     """A new branch for each site by path, on its device, in `dtype` and in the mode (train or eval) of its module."""
     branches = {}
     for site in sites:
         with torch.device(_device(site.module)):
             branch = FocusBranch(config, site.num_heads, site.head_dim, site.value_head_dim)
+        branch.causal = site.declared_causal
         branches[site.path] = branch.to(dtype).train(site.module.training)
     return branches
 
@@ -118,5 +181,9 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
+    """Put the branches on their modules."""
     for site in sites:
         site.module.add_module("focus", branches[site.path])
+        if site.route is not None:
+            branches[site.path].route = site.route
+            site.module.__class__ = routed_class(type(site.module))

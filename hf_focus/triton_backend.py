@@ -153,8 +153,7 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
 def forward_arguments(p: FocusProblem) -> dict[str, Any]:
     """Arguments of `forward_kernel` but for its configuration; the outputs are made here."""
     batch, heads, length, _ = p.query.shape
-    # In memory (B, T, H, Dv), the form in which it will be read
-    output = p.query.new_empty(batch, length, heads, p.value.shape[-1]).transpose(1, 2)
+    output = p.query.new_empty(batch, heads, length, p.value.shape[-1])
     entropy, coverage = (
         torch.empty(batch, heads, length, dtype=torch.float32, device=p.query.device) if p.need_statistics else None
         for _ in range(2)

@@ -140,7 +140,7 @@ def tanh(x):
 
 @triton.jit
 def inverse_size(x, SIZE: tl.constexpr):
-    """1/root mean square of the rows of `x`, of which SIZE columns are no padding; a column."""
+    """Inverse of the root mean square of the rows of `x`, of which SIZE columns are no padding; a column."""
     return tl.math.rsqrt(tl.sum(x * x, 1) / SIZE + UNIT_TINY)[:, None]
 
 

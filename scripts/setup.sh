@@ -1,5 +1,6 @@
 # Makes .venv at the root of the repository with hf_focus and its extras, unless it is there and up to date.
-# Sourced by quickstart.sh and test.sh: `setup tests` leaves $python set.
+# Sourced by quickstart.sh and test.sh: `setup tests` leaves $python set. `setup tests lowest` makes .venv-lowest, with the
+# oldest transformers that pyproject.toml allows.
 #   PYTHON       the interpreter to build with (default: python3), 3.10 or newer
 #   TORCH_INDEX  a package index to take torch from, for example PyTorch's own index of CPU builds
 
@@ -9,18 +10,26 @@ python="$root/.venv/bin/python"
 say() { printf '\n== %s\n' "$*"; }
 
 setup() {
-    local extras="$1" base="${PYTHON:-python3}" stamp="$root/.venv/.hf_focus" wanted
+    local extras="$1" base="${PYTHON:-python3}" venv="$root/.venv${2:+-$2}" constraints="$root/scripts/constraints.txt"
+    local stamp="$venv/.hf_focus" wanted oldest
+    python="$venv/bin/python"
     wanted="$extras $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)"
     if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        say "Using the virtual environment .venv"
+        say "Using the virtual environment ${venv##*/}"
         return
     fi
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "Python 3.10 or newer is needed; $base is $("$base" --version 2>&1). Set PYTHON to another one." >&2
         return 1
     }
-    say "Creating the virtual environment .venv"
-    "$base" -m venv "$root/.venv"
+    say "Creating the virtual environment ${venv##*/}"
+    "$base" -m venv "$venv"
+    if [ "${2:-}" = lowest ]; then
+        oldest="$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' "$root/pyproject.toml")"
+        # Its tokenizers and Hub client are as old as itself
+        sed "s/^transformers==.*/transformers~=$oldest.0/; /^\(tokenizers\|huggingface_hub\)==/d" "$constraints" >"$venv/constraints.txt"
+        constraints="$venv/constraints.txt"
+    fi
     # A range would fetch the newest build for GPUs, gigabytes of it; the pinned one is enough on a CPU
     if command -v nvidia-smi >/dev/null 2>&1; then
         say "Installing torch for this machine's GPU"
@@ -28,9 +37,9 @@ setup() {
         say "Installing torch for a CPU${TORCH_INDEX:+ from $TORCH_INDEX} (TORCH_INDEX chooses where from)"
     fi
     "$python" -m pip install --disable-pip-version-check ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-        --constraint "$root/scripts/constraints.txt" torch
+        --constraint "$constraints" torch
     say "Installing hf_focus and what it needs"
-    "$python" -m pip install --disable-pip-version-check --constraint "$root/scripts/constraints.txt" \
+    "$python" -m pip install --disable-pip-version-check --constraint "$constraints" \
         --editable "$root[$extras]"
     printf '%s' "$wanted" >"$stamp"
 }

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Sets up and runs the whole test suite: style, then all tests on all cores. Arguments go to pytest.
+#   --lowest    first: with the oldest transformers that pyproject.toml allows, in an environment of its own
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 cd "$root"
-setup tests
+lowest=""
+if [ "${1:-}" = --lowest ]; then
+    lowest=lowest
+    shift
+fi
+setup tests $lowest
 say "Checking the style (ruff)"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

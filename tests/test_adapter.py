@@ -40,7 +40,7 @@ from transformers import (
 import hf_focus
 from hf_focus import FocusAdapterConfig, FocusConfig, FocusLoraConfig, apply_focus, focus_model_class
 from hf_focus.adapter_layer import AttentionConfig, FocusAdapterLayer
-from hf_focus.architecture import _ARCHITECTURES
+from hf_focus.architecture import _ARCHITECTURES, Architecture
 from hf_focus.errors import (
     AlreadyPatchedError,
     FocusCheckpointError,
@@ -216,7 +216,7 @@ def test_loads_through_auto_classes(task: str, tmp_path: Path) -> None:
 def test_brings_the_architecture_it_was_declared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama")
     model.save_pretrained(tmp_path)
-    monkeypatch.delitem(_ARCHITECTURES, "llama")
+    monkeypatch.setitem(_ARCHITECTURES, "llama", Architecture("llama", attention="NothingLikeIt"))
     with pytest.raises(UnsupportedArchitectureError):
         get_peft_model(TINY["llama"].build(), config())
     loaded = PeftModel.from_pretrained(TINY["llama"].build(), tmp_path)

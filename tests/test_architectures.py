@@ -35,8 +35,8 @@ def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **settings
     return model.generate(**inputs, **{**GREEDY, **settings})
 
 
-def test_every_supported_architecture_is_tested() -> None:
-    assert sorted(TINY) == supported_architectures()
+def test_every_tested_architecture_is_supported() -> None:
+    assert set(TINY) <= set(supported_architectures())
 
 
 @every_architecture

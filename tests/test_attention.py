@@ -427,6 +427,54 @@ def test_extreme_scores_stay_finite(backend: str, dtype: torch.dtype, feedback: 
 
 
 @both_backends
+@pytest.mark.parametrize("where", ["position_bias", "span"])
+def test_rows_hidden_without_a_mask_are_zero(backend: str, where: str) -> None:
+    """By a position bias of −inf, or by a span so far below zero that not even the own key is in it."""
+    arguments = replace(LARGE, mask="none", bias=True).arguments()
+    if where == "position_bias":
+        arguments["position_bias"][:, :, 5] = float("-inf")
+    else:
+        arguments["span"][:, :, 5] = -50.0
+    found = solve(arguments, backend)
+    assert not found.output[:, :, 5].any()
+    assert not found.entropy[:, :, 5].any()
+    torch.testing.assert_close(found.output, solve(arguments, "reference").output, **TIGHT)
+    assert all(grad.isfinite().all() for grad in gradients(arguments, backend).values())
+
+
+@both_backends
+@pytest.mark.parametrize("readout", [True, False])
+def test_backward_within_autocast(backend: str, readout: bool) -> None:
+    arguments = to(replace(LARGE, readout=readout).arguments(), torch.float32)
+    wanted = gradients(arguments, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(arguments, backend)
+    if backend == "blocked":
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_span_in_half_precision_cuts_nothing_off(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 4200, 2, dtype=dtype) for _ in range(3))
+    span = torch.full((1, 1, 4200), 4092.0 if dtype == torch.float16 else 510.0, dtype=dtype)
+    arguments = {"span": span, "max_span": 4200, "ramp": 6, "max_iterations": 1}
+    found = focus_attention(query, key, value, **arguments, backend="blocked").coverage
+    torch.testing.assert_close(found, focus_attention(query, key, value, **arguments, backend="reference").coverage)
+
+
+@both_backends
+@pytest.mark.parametrize("batch_or_length", ["batch", "length"])
+def test_nothing_gives_nothing(backend: str, batch_or_length: str) -> None:
+    sizes = (0, 5) if batch_or_length == "batch" else (2, 0)
+    query = torch.zeros(sizes[0], 2, sizes[1], 4)
+    key = torch.zeros(sizes[0], 2, 5, 4)
+    span = torch.zeros(sizes[0], 2, sizes[1])
+    assert focus_attention(query, key, key, span, backend=backend).output.shape == query.shape
+
+
+@both_backends
 @pytest.mark.parametrize("name", ["query", "key", "value", "span"])
 def test_nan_stays_where_it_is_put(backend: str, name: str) -> None:
     """In its row of the batch and its head; a NaN query spoils no other query."""
@@ -614,6 +662,7 @@ def test_statistics_only_when_asked(backend: str) -> None:
         ("mix", torch.zeros(3)),
         ("gain", torch.zeros(4, 1)),
         ("attention_mask", torch.zeros(1, 1, 4, 5)),
+        ("attention_mask", torch.zeros(1, 1, 5, 5, dtype=torch.long)),
         ("position_bias", torch.zeros(4, 5, 5)),
         ("feedback", "sum"),
         ("stop", "never"),

@@ -68,6 +68,7 @@ ELSEWHERE = {
     "span_penalty": "test_span_penalty",
     "backend": "test_backends_agree",
     "layers": "test_architectures.py",
+    "modules": "test_patching.py",
     "global_attn_implementation": "test_architectures.py",
 }
 

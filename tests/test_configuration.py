@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "max_dist": ([None, 1, 512], [0, -1, 2.0, "3", True]),
     "sink_tokens": ([0, 4], [-1, 2.0, "3", None, True]),
     "layers": ([None, [0], [3, 1]], [[], [0, 0], [-1], [1.0], [True], ["0"], 1, "0", {0}, {0: 1}]),
+    "modules": ([None, "vision", r"^model\.layers"], ["", "(", 1, ["vision"], True]),
     "ramp": POSITIVE_INT,
     "per_head_span": FLAG,
     "span_granularity": (["token", "window", "sequence"], ["Token", "", None, 1, True, ["token"]]),

@@ -1,7 +1,6 @@
 """`apply_focus` and `remove_focus`: what they refuse, and that refusing changes nothing."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +8,15 @@ import torch
 from tiny import SETTINGS, TINY, logits, make_inputs, patched, tokens
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
-    BloomConfig,
-    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
+    XLNetConfig,
+    XLNetModel,
 )
 
 import hf_focus
@@ -30,17 +32,29 @@ from hf_focus.errors import (
 )
 
 
-def bloom() -> PreTrainedModel:
-    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=99))
+def xlnet() -> PreTrainedModel:
+    return XLNetModel(XLNetConfig(d_model=32, n_layer=1, n_head=4, d_inner=32, vocab_size=99))
+
+
+def falcon_mamba() -> PreTrainedModel:
+    return FalconMambaForCausalLM(FalconMambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=99))
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], type[FocusError], str]] = {
-    "unsupported architecture": (
-        bloom,
+    "attention out of reach": (
+        xlnet,
         {},
         UnsupportedArchitectureError,
-        r"`model_type` got 'bloom'; accepted: .*llama",
+        r"XLNetModel of model type 'xlnet'.*\(XLNetRelativeAttention\) does not call.*AttentionInterface.*register",
     ),
+    "no attention": (falcon_mamba, {}, UnsupportedArchitectureError, "'falcon_mamba'.* it has no self-attention"),
+    "modules that do not exist": (
+        TINY["bart"].build,
+        {"modules": "vision"},
+        NoMatchingLayerError,
+        "`modules` got 'vision'; accepted: .*model.encoder.layers.0.self_attn, model.decoder.layers.0.self_attn",
+    ),
+    "modules that are no pattern": (TINY["llama"].build, {"modules": "("}, FocusConfigError, "`modules` got '\\('"),
     "layer that does not exist": (
         TINY["llama"].build,
         {"layers": [0, 2]},
@@ -216,24 +230,42 @@ def architectures() -> Any:
     _ARCHITECTURES.update(kept)
 
 
-@pytest.mark.usefixtures("architectures")
-def test_registering_an_architecture(tmp_path: Path) -> None:
-    from transformers import CohereConfig, CohereForCausalLM
+class OddAttention(CohereForCausalLM):
+    """A model whose attention names its sizes as no other does."""
 
+    def __init__(self, config: CohereConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.features = layer.self_attn.__dict__.pop("head_dim")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self.model.layers:
+            layer.self_attn.head_dim = 8
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for layer in self.model.layers:
+                del layer.self_attn.head_dim
+
+
+@pytest.mark.usefixtures("architectures")
+def test_registering_an_architecture() -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-    model = CohereForCausalLM(CohereConfig(**sizes, intermediate_size=48, pad_token_id=0)).eval()
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, "head_dim": 8}
+    model = OddAttention(CohereConfig(**sizes, intermediate_size=48, pad_token_id=0)).eval()
+    del model.config.head_dim
     before = logits(model, input_ids=tokens())
-    with pytest.raises(UnsupportedArchitectureError, match="register_architecture"):
-        apply_focus(model, SETTINGS)
-    register_architecture("cohere", attention="CohereAttention")
+    apply_focus(model, SETTINGS)
+    with pytest.raises(UnsupportedArchitectureError, match=r"\(4, 8, 8\), and FocusA was built for \(4, 9, 9\)"):
+        model(input_ids=tokens())
+    remove_focus(model)
+    register_architecture("cohere", attention="CohereAttention", head_dim="features")
     assert "cohere" in hf_focus.supported_architectures()
     apply_focus(model, SETTINGS)
     with record_focus(model) as records:
         torch.testing.assert_close(logits(model, input_ids=tokens()), before, rtol=0, atol=1e-5)
     assert len(records) == 2
-    model.save_pretrained(tmp_path)
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
+    assert model.config.focus_architecture["head_dim"] == "features"
 
 
 @pytest.mark.usefixtures("architectures")
@@ -278,4 +310,5 @@ def test_cross_attention_stays() -> None:
     assert len(focused) == 4
     assert not any("encoder_attn" in path for path in focused)
     assert isinstance(model.config, BartConfig)
-    assert find_architecture("bart").attention == ("BartAttention",)
+    assert find_architecture("bart") is None
+    assert model.config.focus_architecture["attention"] == ["BartAttention"]

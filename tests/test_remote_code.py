@@ -100,6 +100,24 @@ def test_every_architecture_loads_without_hf_focus(tmp_path: Path) -> None:
     assert all(name.startswith("Focus") for name in done.stdout.split())
 
 
+def test_towers_and_attention_off_the_interface_load_without_hf_focus(tmp_path: Path) -> None:
+    from test_base_features import focused, gptj, llava, picture_and_text
+
+    cases = (
+        (gptj(), "AutoModelForCausalLM", make_inputs("llama")),
+        (llava(), "AutoModelForMultimodalLM", picture_and_text()),
+    )
+    folders = []
+    for model, auto, inputs in cases:
+        folder = tmp_path / auto
+        focused(model).save_pretrained(folder)
+        torch.save((auto, inputs, logits(model, **inputs)), folder / "expected.pt")
+        folders.append(folder)
+    done = run(LOAD_ALL, *folders, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["FocusGPTJForCausalLM", "FocusLlavaForConditionalGeneration"]
+
+
 def test_trained_and_saved_again_without_hf_focus(llama: Path, tmp_path: Path) -> None:
     from test_registration import word_tokenizer
 
