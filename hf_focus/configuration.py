@@ -47,6 +47,8 @@ _RULES = {
     "anchored": BOOL,
     "readout": choice("mixture", "last"),
     "readout_bias": number("a number", lambda value: True),
+    "readout_from": choice("query", "both"),
+    "local_start": number("a number", lambda value: True),
     "combine": choice("per_head", "projection"),
     "stop": choice("absolute", "relative"),
     "base_threshold": NON_NEGATIVE,
@@ -90,6 +92,10 @@ class FocusConfig:
         readout: `"mixture"` (a learned average over the iterations) or `"last"` (the seed).
         readout_bias: with `"mixture"`: how far, in logits, training starts on the first iterate; 0 is an
             equal mixture.
+        readout_from: with `"mixture"`: what its weights depend on: the `"query"`, or `"both"` query and global output,
+            so that a token elsewhere can say how many iterations this one takes.
+        local_start: how much of the local output is added to the global one at the start: 0 leaves a pretrained model
+            as it was; a model trained from scratch may start with 1.
         combine: join of local and global output within a head (`"per_head"`) or across heads
             (`"projection"`, the seed).
         stop: the stop rule reads the change of the output in the values' units (`"absolute"`, the seed) or as a
@@ -128,6 +134,8 @@ class FocusConfig:
     anchored: bool = False
     readout: str = "mixture"
     readout_bias: float = 0.0
+    readout_from: str = "query"
+    local_start: float = 0.0
     combine: str = "per_head"
     stop: str = "absolute"
     base_threshold: float = 1e-4

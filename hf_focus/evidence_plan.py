@@ -112,18 +112,18 @@ def _k_step(name: str, steps: int, variants: tuple[str, ...], title: str, **chan
         claim=4,
         title=title,
         task="k-step",
-        settings={"steps": steps, "queries": 8},
+        settings={"steps": steps},
         variants=variants,
         measures=(ACCURACY, STEPS, *by_k),
-        **{"batch": 32, "steps": 3000, "until_solved": True, **changes},
+        **{"batch": 128, "steps": 2500, "until_solved": True, **changes},
     )
 
 
 _DEPTHS = ("focus", "plain", "plain +1", "plain +2")
 _BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 _SCREENED = (
-    "focus", "no refiner", "long span", "fixed span", "static span", "anchored", "bias 2", "no stop", "relative stop",
-    "focus rate 3", "seed temperature", "fixed temperature", "last", "additive", "additive, last",
+    "focus", "both, start 1", "read-out from both", "local start 1", "no refiner", "long span", "fixed span",
+    "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3", "seed temperature", "fixed temperature", "last", "additive", "additive, last",
     "1 iteration", "2 iterations", "10 iterations",
 )  # fmt: skip
 

@@ -77,6 +77,12 @@ VARIANTS: dict[str, Variant] = {
     "relative stop": Variant("relative stop rule", {"stop": "relative"}),
     "no stop": Variant("never stops early", {"base_threshold": 0.0, "threshold_scale": 0.0}),
     "focus rate 3": Variant("learning rate of FocusA × 3", {}, focus_rate=3.0),
+    "read-out from both": Variant("read-out from query and global output", {"readout_from": "both"}),
+    "local start 1": Variant("local output at full weight from the start", {"local_start": 1.0}),
+    "both, start 1": Variant(
+        "read-out from both, local start 1, long span, no refiner",
+        {"readout_from": "both", "local_start": 1.0, "initial_span": 0.99, "refiner": False},
+    ),
     "long span": Variant("spans start at the longest", {"initial_span": 0.99}),
 }
 

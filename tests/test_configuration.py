@@ -37,6 +37,8 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "anchored": FLAG,
     "readout": (["mixture", "last"], ["first", "", None, 1, True]),
     "readout_bias": ([-3, 0, 2.5], ["1", None, True, float("nan"), float("inf")]),
+    "readout_from": (["query", "both"], ["global", None, True]),
+    "local_start": ([0, 1, 0.5], ["1", None, True, float("nan")]),
     "combine": (["per_head", "projection"], ["sum", "", None, 1, True]),
     "stop": (["absolute", "relative"], ["never", "", None, 1, True]),
     "base_threshold": NON_NEGATIVE,
