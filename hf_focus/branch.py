@@ -1,5 +1,6 @@
 """`FocusBranch`: all that FocusA adds to one attention layer. It is the layer's submodule `focus`."""
 
+import math
 from typing import Any
 
 import torch
@@ -70,9 +71,12 @@ class FocusBranch(nn.Module):
             if part is not None:
                 part.reset_parameters()
         readout = (self.readout_weight, self.readout_global_weight)
-        for parameter in (self.feedback_matrix, self.mix, self.log_gain, *readout):
+        for parameter in (self.feedback_matrix, *readout):
             if parameter is not None:
                 init.zeros_(parameter)
+        if self.mix is not None:
+            init.constant_(self.mix, math.log(self.config.mix_start / (1 - self.config.mix_start)))
+            init.constant_(self.log_gain, math.log(self.config.gain_start))
         if self.join is not None:
             rows, columns = self.join.shape[-2:]
             init.copy_(self.join, (self.config.local_start * torch.eye(rows, columns)).expand(self.join.shape))

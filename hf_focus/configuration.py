@@ -45,6 +45,8 @@ _RULES = {
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
     "anchored": BOOL,
+    "mix_start": BETWEEN_ZERO_AND_ONE,
+    "gain_start": number("a number above 0", lambda value: value > 0),
     "readout": choice("mixture", "last"),
     "readout_bias": number("a number", lambda value: True),
     "readout_from": choice("query", "both"),
@@ -89,6 +91,9 @@ class FocusConfig:
         feedback: how the output enters the next query: `"normalized"` (mixed in, norm kept) or
             `"additive"` (the seed).
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
+        mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
+        gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
+            attention is softer then, which leaves the feedback a gradient where the first attention is sharp.
         readout: `"mixture"` (a learned average over the iterations) or `"last"` (the seed).
         readout_bias: with `"mixture"`: how far, in logits, training starts on the first iterate; 0 is an
             equal mixture.
@@ -132,6 +137,8 @@ class FocusConfig:
     temp_scale: float = 0.01
     feedback: str = "normalized"
     anchored: bool = False
+    mix_start: float = 0.5
+    gain_start: float = 1.0
     readout: str = "mixture"
     readout_bias: float = 0.0
     readout_from: str = "query"

@@ -122,9 +122,10 @@ def _k_step(name: str, steps: int, variants: tuple[str, ...], title: str, **chan
 _DEPTHS = ("focus", "plain", "plain +1", "plain +2")
 _BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 _SCREENED = (
-    "focus", "both, start 1", "read-out from both", "local start 1", "no refiner", "long span", "fixed span",
-    "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3", "seed temperature", "fixed temperature", "last", "additive", "additive, last",
-    "1 iteration", "2 iterations", "10 iterations",
+    "focus", "both, start 1", "read-out from both", "local start 1", "soft start", "eager start", "no refiner",
+    "long span", "fixed span", "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3",
+    "seed temperature", "fixed temperature", "last", "additive", "additive, last", "1 iteration", "2 iterations",
+    "10 iterations",
 )  # fmt: skip
 
 GROUPS: dict[str, Group] = {

@@ -1,5 +1,6 @@
 """One row of the evidence: a small model trained on a task and tested, everything about it in one record."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from .evidence_spans import span_scores
 from .evidence_tasks import find_task
 from .evidence_types import IGNORED, Batch, Task
 from .evidence_variants import Sizes, build, count, find_variant, focus_settings
@@ -84,7 +86,7 @@ def run_row(row: Row, device: str = "cpu", progress: Callable[[str], None] | Non
     solved_at, every = None, max(1, min(100, row.steps // 10))
     for step in range(1, row.steps + 1):
         batch = task.batch(row.batch, generator, settings).to(device)
-        loss = _loss(model, batch, task.encoder)
+        loss = _loss(model, batch, task)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,12 +132,18 @@ def _optimizer(model: nn.Module, lr: float, focus_rate: float) -> torch.optim.Op
     return torch.optim.AdamW([{"params": groups[False]}, own], lr=lr, weight_decay=0.01)
 
 
-def _forward(model: nn.Module, batch: Batch, encoder: bool) -> torch.Tensor:
-    return model(input_ids=batch.input_ids, **({} if encoder else {"use_cache": False})).logits
+def _forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
+    options: dict[str, Any] = {} if task.encoder else {"use_cache": False}
+    if not task.ordered:
+        # Rotary positions that are all equal rotate nothing against each other
+        options["position_ids"] = torch.zeros_like(batch.input_ids)
+        # Without a mask they would be taken for as many sequences in one row
+        options["attention_mask"] = torch.ones_like(batch.input_ids)
+    return model(input_ids=batch.input_ids, **options).logits
 
 
-def _loss(model: nn.Module, batch: Batch, encoder: bool) -> torch.Tensor:
-    logits = _forward(model, batch, encoder)
+def _loss(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
+    logits = _forward(model, batch, task)
     asked = batch.labels != IGNORED
     return cross_entropy(logits[asked], batch.labels[asked])
 
@@ -163,10 +171,10 @@ def measure(
     exact, total_loss, done = 0, 0.0, 0
     # Long examples in small batches: about as many tokens each time
     size = max(1, min(256, examples, 2**15 // task.length(**settings)))
-    examples = min(examples, max(size, 2**19 // task.length(**settings)))
+    examples = min(examples, max(size, 2**18 // task.length(**settings)))
     while done < examples:
         batch = task.batch(size, generator, settings).to(device)
-        logits = _forward(model, batch, task.encoder)
+        logits = _forward(model, batch, task)
         asked = batch.labels != IGNORED
         total_loss += cross_entropy(logits[asked], batch.labels[asked], reduction="sum").item()
         predictions = logits.argmax(-1)
@@ -188,7 +196,8 @@ def measure(
         "exact": exact / done,
         "loss": total_loss / total,
         **counts,
+        **(span_scores(counts) if "spans_right" in counts else {}),
     }
     if task.bytes_per_label is not None:
-        results["bits_per_byte"] = results["loss"] / task.bytes_per_label / 0.6931471805599453
+        results["bits_per_byte"] = results["loss"] / task.bytes_per_label / math.log(2)
     return results

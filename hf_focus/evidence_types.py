@@ -44,8 +44,8 @@ class Task:
         tests: name of a test set -> settings that differ there; `"train"`, fresh examples as in training, joins them.
         focus: settings of FocusA that fit the task's sizes; a variant's own win.
         encoder: see both sides (a BERT that labels tokens) instead of a causal Llama.
-        measure: (predictions (B, T), batch) -> further counts by name; summed over batches. A name `a/b` is a ratio
-            that the counts `a` and `b` give, formed after summing.
+        ordered: whether positions mean anything; if not, models are given none.
+        measure: (predictions (B, T), batch) -> further counts by name; summed over batches.
         bytes_per_label: of text; with it the loss is also given in bits per byte.
     """
 
@@ -60,6 +60,7 @@ class Task:
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     focus: Mapping[str, Any] = field(default_factory=dict)
     encoder: bool = False
+    ordered: bool = True
     measure: Callable[[Tensor, Batch], dict[str, float]] | None = None
     bytes_per_label: float | None = None
 

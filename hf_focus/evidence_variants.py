@@ -79,6 +79,8 @@ VARIANTS: dict[str, Variant] = {
     "focus rate 3": Variant("learning rate of FocusA × 3", {}, focus_rate=3.0),
     "read-out from both": Variant("read-out from query and global output", {"readout_from": "both"}),
     "local start 1": Variant("local output at full weight from the start", {"local_start": 1.0}),
+    "soft start": Variant("next queries start at 0.3 of the size", {"gain_start": 0.3}),
+    "eager start": Variant("next queries start as 0.9 of what is fed back", {"mix_start": 0.9}),
     "both, start 1": Variant(
         "read-out from both, local start 1, long span, no refiner",
         {"readout_from": "both", "local_start": 1.0, "initial_span": 0.99, "refiner": False},

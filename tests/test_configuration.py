@@ -37,6 +37,8 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "anchored": FLAG,
     "readout": (["mixture", "last"], ["first", "", None, 1, True]),
     "readout_bias": ([-3, 0, 2.5], ["1", None, True, float("nan"), float("inf")]),
+    "mix_start": ([0.1, 0.9], [0, 1, "0.5", None, True, float("nan")]),
+    "gain_start": ([0.1, 1, 3], [0, -1, "1", None, True, float("inf")]),
     "readout_from": (["query", "both"], ["global", None, True]),
     "local_start": ([0, 1, 0.5], ["1", None, True, float("nan")]),
     "combine": (["per_head", "projection"], ["sum", "", None, 1, True]),
