@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .evidence_plan import GROUPS, Group, find_groups
+from .evidence_groups import GROUPS, find_groups
+from .evidence_plan import Group
 from .evidence_plots import plot_group
 from .evidence_report import counted, report
 from .evidence_run import read_rows, run_rows

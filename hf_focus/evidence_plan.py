@@ -1,7 +1,7 @@
-"""Which rows the evidence has: groups of variants that are compared on one task, in presets."""
+"""What a table of the evidence is: variants compared on one task by some measures, and the rows that this takes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .evidence_train import Row
@@ -103,60 +103,3 @@ class Group:
                 else self.rates[0]
             )
         return chosen
-
-
-def _k_step(name: str, steps: int, variants: tuple[str, ...], title: str, **changes: Any) -> Group:
-    by_k = tuple(accuracy_on("train", k) for k in range(1, steps + 1))
-    return Group(
-        name=name,
-        claim=4,
-        title=title,
-        task="k-step",
-        settings={"steps": steps},
-        variants=variants,
-        measures=(ACCURACY, STEPS, *by_k),
-        **{"batch": 128, "steps": 2500, "until_solved": True, **changes},
-    )
-
-
-_DEPTHS = ("focus", "plain", "plain +1", "plain +2")
-_BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
-_SCREENED = (
-    "focus", "both, start 1", "read-out from both", "local start 1", "soft start", "eager start", "no refiner",
-    "long span", "fixed span", "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3",
-    "seed temperature", "fixed temperature", "last", "additive", "additive, last", "1 iteration", "2 iterations",
-    "10 iterations",
-)  # fmt: skip
-
-GROUPS: dict[str, Group] = {
-    group.name: group
-    for group in (
-        _k_step("k-step-3", 3, _DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
-        _k_step("k-step-5", 5, _DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
-        _k_step("k-step-3-ablations", 3, _SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus"),
-        _k_step("k-step-5-ablations", 5, _SCREENED, "k-step lookup, k ≤ 5: what each part adds", baseline="focus"),
-        _k_step("k-step-3-baselines", 3, _BASELINES, "k-step lookup, k ≤ 3: all baselines"),
-    )
-}
-QUICK: tuple[Group, ...] = (
-    replace(GROUPS["k-step-3"], name="quick-k-step", variants=("focus", "plain"), seeds=2, steps=600),
-)
-
-
-def find_groups(names: Sequence[str]) -> Iterator[Group]:
-    """Groups by name; `"quick"` and `"all"` stand for several.
-
-    Raises:
-        FocusConfigError: there is none of this name.
-    """
-    from .errors import FocusConfigError, bad_value
-
-    for name in names:
-        if name == "quick":
-            yield from QUICK
-        elif name == "all":
-            yield from GROUPS.values()
-        elif name in GROUPS:
-            yield GROUPS[name]
-        else:
-            raise FocusConfigError(bad_value("groups", name, ", ".join(("all", "quick", *GROUPS))))

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evidence_plan import GROUPS, QUICK, TUNING_SEEDS, Group, Measure
+from .evidence_groups import GROUPS, QUICK
+from .evidence_plan import TUNING_SEEDS, Group, Measure
 from .evidence_run import is_done, read_rows
 from .evidence_statistics import Difference, Estimate, difference, estimate
 from .evidence_tasks import find_task

@@ -76,8 +76,8 @@ def entity_spans(
     """Spans of entities in synthetic text: a list of names at the start says which runs of words are entities.
 
     The list holds `names` entries: a mark of the kind (two kinds), then 2 to `longest` words, padded. The text after
-    it is random words. In it names are mentioned, and as often only their beginning, without the last word, which is
-    no span.
+    it is random words, with as many of the `mentions` as fit: of a name, or as often only of its beginning, without
+    the last word, which is no span.
     Labels are BIO tags (0 outside, 1/2 and 3/4 begin and go on with a kind). Groups: length of the name, 0 outside.
     """
     kinds, first = 2, 3
@@ -94,8 +94,8 @@ def entity_spans(
     ids[:, :head] = listed.flatten(1)
     slots = (length - head) // entry
     slot = torch.rand(size, slots, generator=generator).argsort(dim=1)[:, :mentions]
-    which = torch.randint(0, names, (size, mentions), generator=generator)
-    broken = torch.rand(size, mentions, generator=generator) < 0.5
+    which = torch.randint(0, names, slot.shape, generator=generator)
+    broken = torch.rand(slot.shape, generator=generator) < 0.5
     rows = torch.arange(size)[:, None]
     # A word between any two mentions: the slot is longer than the longest name
     start = head + slot * entry

@@ -60,11 +60,17 @@ class Row:
         return values
 
 
-def run_row(row: Row, device: str = "cpu", progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run_row(
+    row: Row,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+    examples: int = TEST_EXAMPLES,
+) -> dict[str, Any]:
     """Train and test.
 
     Args:
         progress: called now and then with a line of text.
+        examples: of each test set.
 
     Returns:
         `row.key`, and: parameters; loss of the last 100 steps; results: test set -> what `measure` gives; curve: pairs
@@ -94,7 +100,7 @@ def run_row(row: Row, device: str = "cpu", progress: Callable[[str], None] | Non
         schedule.step()
         losses.append(loss.item())
         if step % every == 0:
-            found = measure(model, task, settings, fresh, min(256, TEST_EXAMPLES), device)
+            found = measure(model, task, settings, fresh, min(256, examples), device)
             least = min(found["by_group"].values())
             curve.append((step, least))
             before = curve[-2][1] if len(curve) > 1 else 0.0
@@ -108,7 +114,7 @@ def run_row(row: Row, device: str = "cpu", progress: Callable[[str], None] | Non
     results = {}
     for name, changes in {"train": {}, **task.tests}.items():
         unseen = torch.Generator().manual_seed(TEST_SEED)
-        results[name] = measure(model, task, {**settings, **changes}, unseen, TEST_EXAMPLES, device)
+        results[name] = measure(model, task, {**settings, **changes}, unseen, examples, device)
     return {
         **row.key,
         "parameters": count(model),
@@ -132,7 +138,8 @@ def _optimizer(model: nn.Module, lr: float, focus_rate: float) -> torch.optim.Op
     return torch.optim.AdamW([{"params": groups[False]}, own], lr=lr, weight_decay=0.01)
 
 
-def _forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
+def forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
+    """Logits (B, T, vocabulary or tags)."""
     options: dict[str, Any] = {} if task.encoder else {"use_cache": False}
     if not task.ordered:
         # Rotary positions that are all equal rotate nothing against each other
@@ -143,7 +150,7 @@ def _forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
 
 
 def _loss(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
-    logits = _forward(model, batch, task)
+    logits = forward(model, batch, task)
     asked = batch.labels != IGNORED
     return cross_entropy(logits[asked], batch.labels[asked])
 
@@ -174,7 +181,7 @@ def measure(
     examples = min(examples, max(size, 2**18 // task.length(**settings)))
     while done < examples:
         batch = task.batch(size, generator, settings).to(device)
-        logits = _forward(model, batch, task)
+        logits = forward(model, batch, task)
         asked = batch.labels != IGNORED
         total_loss += cross_entropy(logits[asked], batch.labels[asked], reduction="sum").item()
         predictions = logits.argmax(-1)

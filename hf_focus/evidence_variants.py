@@ -160,6 +160,8 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
         "intermediate_size": inner,
         "num_hidden_layers": sizes.layers + variant.more_layers,
         "num_attention_heads": sizes.heads,
+        # 0.02 is for wide models: here it would leave attention flat, and every model long on a plateau
+        "initializer_range": sizes.width**-0.5,
         # Rotary positions cost no parameters; learned ones do
         "max_position_embeddings": max(longest, 16),
     }

@@ -10,12 +10,13 @@ import torch
 
 from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_cli import main, run_group
-from hf_focus.evidence_plan import ACCURACY, GROUPS, QUICK, STEPS, TUNING_SEEDS, Group, find_groups
+from hf_focus.evidence_groups import GROUPS, QUICK, find_groups
+from hf_focus.evidence_plan import ACCURACY, STEPS, TUNING_SEEDS, Group
 from hf_focus.evidence_report import counted, report, section
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
 from hf_focus.evidence_statistics import difference, estimate, sign_flip_test
 from hf_focus.evidence_tasks import find_task
-from hf_focus.evidence_train import Row, measure, run_row
+from hf_focus.evidence_train import Row, forward, measure, run_row
 from hf_focus.evidence_variants import REFERENCE, TOLERANCE, VARIANTS, Sizes, build, count, find_variant
 
 TINY = Row("k-step", "focus", {"elements": 4, "steps": 2}, {"width": 16}, steps=4, batch=4)
@@ -224,7 +225,7 @@ def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "tiny.png").stat().st_size > 1000
     records = read_rows(tmp_path / "results" / "tiny.jsonl")
     mean = 100 * sum(r["results"]["train"]["accuracy"] for r in records if r["variant"] == "focus") / 2
-    assert f"{mean:.1f} [" in page
+    assert f"| {mean:.1f} [" in page or f"| {mean:.3f} [" in page
     assert main(["--report", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "REPORT.md").read_text() == page
     assert section(tiny, []) == ""
@@ -242,3 +243,41 @@ def test_plans_name_what_exists(planned: Group) -> None:
     for measured in planned.measures:
         if measured.where[0] == "results":
             assert measured.where[1] in {"train", *task.tests}
+
+
+@pytest.mark.parametrize("variant", ["focus", "plain", "hybrid", "log-n", "adaptive span", "static span"])
+def test_encoders_label_tokens_from_both_sides(variant: str) -> None:
+    task = find_task("entity spans")
+    model = build(task, task.settings, variant, Sizes(width=32), seed=0).eval()
+    batch = task.batch(1, torch.Generator().manual_seed(0), task.settings)
+    before = model(input_ids=batch.input_ids).logits
+    assert before.shape == (*batch.input_ids.shape, 5)
+    changed = batch.input_ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 30
+    assert (model(input_ids=changed).logits[:, -20] - before[:, -20]).abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", ["focus", "plain", "log-n"])
+def test_without_order_items_may_be_shuffled(variant: str) -> None:
+    """And all of them are seen, wherever they stand."""
+    task = find_task("max-retrieval")
+    settings = task.with_settings({"items": 6, "vary": False})
+    model = build(task, settings, variant, Sizes(width=32), seed=0).eval()
+    batch = task.batch(2, torch.Generator().manual_seed(0), settings)
+    order = torch.tensor([5, 3, 1, 0, 2, 4, 6])
+    shuffled = replace(batch, input_ids=batch.input_ids[:, order])
+    one, other = (forward(model, examples, task)[:, -1] for examples in (batch, shuffled))
+    torch.testing.assert_close(one, other)
+    changed = replace(batch, input_ids=torch.cat([batch.input_ids[:, :1] * 0 + 11, batch.input_ids[:, 1:]], dim=1))
+    assert (forward(model, changed, task)[:, -1] - one).abs().max() > 1e-5
+
+
+def test_rows_of_text_have_bits_per_byte_and_rows_of_spans_f1() -> None:
+    short = {"sizes": {"width": 16}, "steps": 2, "batch": 2}
+    record = run_row(Row("text", "plain", {"length": 16, "megabytes": 0.1}, **short), examples=8)
+    assert record["results"]["held out"]["bits_per_byte"] == pytest.approx(
+        record["results"]["held out"]["loss"] / math.log(2)
+    )
+    record = run_row(Row("entity spans", "plain", {"length": 48}, **short), examples=8)
+    assert 0 <= record["results"]["train"]["f1"] <= 1
+    assert record["results"]["train"]["spans_right"] > 0
