@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import FocusConfigError, bad_value
-from .evidence_plan import ACCURACY, EXACT, GRID, STEPS, Group, Measure, accuracy_on
+from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, STEPS, Group, Measure, accuracy_on
 
 DEPTHS = ("focus", "plain", "plain +1", "plain +2")
 BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
@@ -28,6 +28,7 @@ HELD_OUT_BOUNDARIES = Measure(
     "boundary errors a span, held out", ("results", "held out", "boundary_errors_per_span"), lower_is_better=True
 )
 TWO_LAYERS = {"layers": 2}
+TEXT_SIZES = {"layers": 2, "width": 128, "heads": 4}
 LONGER = tuple(accuracy_on(f"{times} L") for times in (2, 4, 8))
 
 
@@ -94,8 +95,17 @@ GROUPS: dict[str, Group] = {
                (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
         _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
                (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), steps=4000),
-        _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS),
-               sizes={"layers": 2, "width": 128, "heads": 4}, batch=16, variants=(*BASELINES, *PARTS[4:])),
+        _tuned("sparsity", 5, "Keys read for equal loss on real text, 512 tokens", "text", (BITS, KEYS, KEPT, FLOPS),
+               variants=("focus, near", "plain", "hybrid, near", "adaptive span", "focus"), settings={"length": 512},
+               sizes=TEXT_SIZES, batch=8),
+        _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
+               sizes=TEXT_SIZES, batch=16, variants=(*BASELINES, *PARTS[4:])),
+        _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
+               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, variants=("focus", "plain", "hybrid"),
+               equal_flops=True),
+        _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
+               " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, rates=(1e-3,),
+               variants=("focus", "plain", "hybrid", "no refiner"), pretrain=1000, steps=1000),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 2, "batch": 32}
@@ -108,7 +118,8 @@ QUICK: tuple[Group, ...] = tuple(
         "entity-spans": {"steps": 100},
         "k-step-3": {"steps": 600, "batch": 64},
         "dyck": {"steps": 150},
-        "text": {"steps": 60, "batch": 8},
+        "sparsity": {"steps": 20, "batch": 4, "variants": ("focus, near", "plain")},
+        "text": {"steps": 40, "batch": 8},
     }.items()
 )
 

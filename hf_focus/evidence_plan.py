@@ -1,10 +1,17 @@
 """What a table of the evidence is: variants compared on one task by some measures, and the rows that this takes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from .evidence_train import Row
+import torch
+
+from .evidence_cost import count_flops
+from .evidence_tasks import find_task
+from .evidence_train import Row, model_inputs
+from .evidence_variants import Sizes, build
 
 # Learning rates are chosen on these seeds, which enter no figure
 TUNING_SEEDS = (100,)
@@ -40,6 +47,11 @@ STEPS = Measure("steps to 99%", ("steps_to_solved",), lower_is_better=True)
 SECONDS = Measure("seconds", ("seconds",), lower_is_better=True)
 
 
+KEYS = Measure("keys read", ("cost", "keys_read"), lower_is_better=True)
+KEPT = Measure("keys kept", ("cost", "keys_kept"), lower_is_better=True)
+FLOPS = Measure("MFLOPs a token, forward", ("cost", "flops"), lower_is_better=True, scale=1e-6)
+
+
 def accuracy_on(test: str, group: int | None = None) -> Measure:
     """Accuracy on a test set, or of one group of it."""
     where = ("results", test, "accuracy") if group is None else ("results", test, "by_group", str(group))
@@ -56,6 +68,8 @@ class Group:
         title: of its table.
         baseline: variant that the others are compared with.
         rates: learning rates that every variant is tuned over; one: no tuning.
+        pretrain: steps that the plain model makes before it is patched.
+        equal_flops: every variant makes as many steps as `steps` of the baseline cost; else equal steps.
     """
 
     name: str
@@ -72,9 +86,30 @@ class Group:
     steps: int = 2000
     batch: int = 64
     until_solved: bool = False
+    pretrain: int = 0
+    equal_flops: bool = False
 
     def row(self, variant: str, seed: int, lr: float) -> Row:
-        return Row(self.task, variant, self.settings, self.sizes, seed, lr, self.steps, self.batch, self.until_solved)
+        return Row(
+            self.task,
+            variant,
+            self.settings,
+            self.sizes,
+            seed,
+            lr,
+            self.steps_of(variant),
+            self.batch,
+            self.pretrain,
+            self.until_solved,
+        )
+
+    def steps_of(self, variant: str) -> int:
+        """Steps that a variant makes: with `equal_flops` as many as cost what the baseline's cost."""
+        if not self.equal_flops or variant == self.baseline:
+            return self.steps
+        changes, sizes = tuple(self.settings.items()), Sizes(**self.sizes)
+        ours, baseline = (_flops(self.task, changes, sizes, name) for name in (variant, self.baseline))
+        return round(self.steps * baseline / ours)
 
     def tuning_rows(self) -> list[Row]:
         """The rows that learning rates are chosen by; none where there is nothing to choose."""
@@ -96,10 +131,15 @@ class Group:
                 value = measure.read(record)
                 if record["variant"] == variant and record["seed"] in TUNING_SEEDS and value is not None:
                     scores.setdefault(record["lr"], []).append(-value if measure.lower_is_better else value)
-            # The loss breaks ties of accuracy at the ceiling
-            chosen[variant] = (
-                max(self.rates, key=lambda lr: sum(scores.get(lr, [0.0])) / max(1, len(scores.get(lr, []))))
-                if scores
-                else self.rates[0]
-            )
+            means = {lr: sum(values) / len(values) for lr, values in scores.items() if lr in self.rates}
+            chosen[variant] = max(self.rates, key=lambda lr: means.get(lr, -math.inf))
         return chosen
+
+
+@lru_cache
+def _flops(task_name: str, changes: tuple[tuple[str, Any], ...], sizes: Sizes, variant: str) -> float:
+    """Of a new model of a variant, a token."""
+    task = find_task(task_name)
+    settings = task.with_settings(dict(changes))
+    batch = task.batch(1, torch.Generator().manual_seed(0), settings)
+    return count_flops(build(task, settings, variant, sizes, 0), **model_inputs(batch, task))

@@ -33,12 +33,17 @@ was never solved enters the mean of "steps to 99%" with the steps that it was gi
 
 def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Record]]:
     """Variant -> seed -> record, of the rows that count in a group and are there."""
-    records = [record for record in records if record["seed"] not in TUNING_SEEDS or len(group.rates) == 1]
+    records = list(records)
+    rates = group.choose_rates(records)
     found: dict[str, dict[int, Record]] = {variant: {} for variant in group.variants}
     for record in records:
-        row = group.row(record["variant"], record["seed"], record["lr"])
-        if record["variant"] in found and is_done(row, [record]):
-            found[record["variant"]][record["seed"]] = record
+        variant, seed = record["variant"], record["seed"]
+        if (
+            variant in found
+            and seed not in TUNING_SEEDS
+            and is_done(group.row(variant, seed, rates[variant]), [record])
+        ):
+            found[variant][seed] = record
     return found
 
 

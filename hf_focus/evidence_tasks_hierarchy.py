@@ -101,7 +101,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 64, "kinds": 4, "depth": 5},
         tests={"2 L": {"length": 128}, "4 L": {"length": 256}},
-        focus={"max_span": 64, "ramp": 16},
+        focus=lambda **_: {"max_span": 64, "ramp": 16},
     ),
     Task(
         name="listops",
@@ -113,6 +113,6 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"least": 16, "length": 64, "arguments": 5, "depth": 4},
         tests={"2 L": {"least": 64, "length": 128}},
-        focus={"max_span": 64, "ramp": 16},
+        focus=lambda **_: {"max_span": 64, "ramp": 16},
     ),
 ]

@@ -59,6 +59,7 @@ TASKS = [
         vocabulary=_vocabulary,
         length=_length,
         settings={"elements": 8, "steps": 3, "queries": 1, "joint": False},
-        focus={"max_span": 32, "ramp": 8},
+        # A look-up an iteration, and one to spare
+        focus=lambda steps, **_: {"max_span": 32, "ramp": 8, "max_iterations": steps + 1},
     )
 ]

@@ -171,7 +171,7 @@ def _needles(name: str, title: str, **settings: int) -> Task:
         length=lambda length, **_: length,
         settings={**defaults, **settings},
         tests={f"{times} L": {"length": 128 * times} for times in (2, 4, 8, 16, 32)},
-        focus={"max_span": 128, "ramp": 16},
+        focus=lambda **_: {"max_span": 128, "ramp": 16},
     )
 
 
@@ -191,7 +191,7 @@ TASKS = [
         settings={
             "length": 128, "names": 4, "longest": 4, "words": 32, "mentions": 6, "num_labels": 5,
         },
-        focus={"max_span": 128, "ramp": 16},
+        focus=lambda **_: {"max_span": 128, "ramp": 16},
         encoder=True,
         measure=_count_spans,
     ),
@@ -205,7 +205,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 256, "part": "train", "num_labels": 5, "files": 200},
         tests={"held out": {"part": "held_out"}},
-        focus={"max_span": 128, "ramp": 16},
+        focus=lambda **_: {"max_span": 128, "ramp": 16},
         encoder=True,
         measure=_count_spans,
     ),

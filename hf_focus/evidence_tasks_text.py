@@ -46,7 +46,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 256, "part": "train", "megabytes": 8.0},
         tests={"held out": {"part": "held_out"}, "held out, 4 L": {"part": "held_out", "length": 1024}},
-        focus={"max_span": 64, "ramp": 16},
+        focus=lambda **_: {"max_span": 64, "ramp": 16},
         bytes_per_label=1.0,
     )
 ]

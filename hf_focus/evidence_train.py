@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 
+from .evidence_cost import count_flops, keys_read
 from .evidence_spans import span_scores
 from .evidence_tasks import find_task
 from .evidence_types import IGNORED, Batch, Task
-from .evidence_variants import Sizes, build, count, find_variant, focus_settings
+from .evidence_variants import Sizes, build, count, find_variant, focus_settings, patch
 
 # Of the examples that models are tested on; no training seed reaches it
 TEST_SEED = 10**6
@@ -33,6 +35,7 @@ class Row:
         seed: of the start, the training examples and everything random in training.
         lr: largest learning rate, after 5% of warm-up and before a linear decay to a tenth.
         steps: of training, of `batch` examples each.
+        pretrain: steps that the plain model makes before it is patched (or goes on plain), at the same rate.
         until_solved: stop as soon as every group is right in 99% (twice in a row, on fresh examples).
     """
 
@@ -44,6 +47,7 @@ class Row:
     lr: float = 3e-3
     steps: int = 2000
     batch: int = 64
+    pretrain: int = 0
     until_solved: bool = False
 
     @property
@@ -54,7 +58,7 @@ class Row:
         values["settings"] = task.with_settings(self.settings)
         values["sizes"] = asdict(Sizes(**self.sizes))
         variant = find_variant(self.variant)
-        values["focus"] = focus_settings(task, variant)
+        values["focus"] = focus_settings(task, values["settings"], variant)
         values["frozen"] = list(variant.frozen)
         values["focus_rate"] = variant.focus_rate
         return values
@@ -73,18 +77,23 @@ def run_row(
         examples: of each test set.
 
     Returns:
-        `row.key`, and: parameters; loss of the last 100 steps; results: test set -> what `measure` gives; curve: pairs
-        of step and least accuracy of a group; steps_to_solved (None: never); seconds; versions.
+        `row.key`, and: parameters; cost: `count_flops` and, of causal models, `keys_read`; loss of the last 100 steps;
+        results: test set -> what `measure` gives; curve: pairs of step and least accuracy of a group; steps_to_solved
+        (None: never); steps_made; seconds; versions.
     """
     task = find_task(row.task)
     settings = task.with_settings(row.settings)
-    model = build(task, settings, row.variant, Sizes(**row.sizes), row.seed).to(device)
-    optimizer = _optimizer(model, row.lr, find_variant(row.variant).focus_rate)
-    warm_up = max(1, row.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 - 0.9 * step / row.steps)
-    )
     generator = torch.Generator().manual_seed(row.seed)
+    sizes = Sizes(**row.sizes)
+    if row.pretrain:
+        model = build(task, settings, "plain", sizes, row.seed, matched=False).to(device)
+        optimizer, schedule = _optimizer(model, row.lr, 1.0, row.pretrain)
+        for _ in range(row.pretrain):
+            _step(model, task, task.batch(row.batch, generator, settings).to(device), optimizer, schedule)
+        patch(model, task, settings, row.variant)
+    else:
+        model = build(task, settings, row.variant, sizes, row.seed).to(device)
+    optimizer, schedule = _optimizer(model, row.lr, find_variant(row.variant).focus_rate, row.steps)
     fresh = torch.Generator().manual_seed(TEST_SEED + 1 + row.seed)
     started = time.perf_counter()
     curve: list[tuple[int, float]] = []
@@ -92,13 +101,7 @@ def run_row(
     solved_at, every = None, max(1, min(100, row.steps // 10))
     for step in range(1, row.steps + 1):
         batch = task.batch(row.batch, generator, settings).to(device)
-        loss = _loss(model, batch, task)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+        losses.append(_step(model, task, batch, optimizer, schedule))
         if step % every == 0:
             found = measure(model, task, settings, fresh, min(256, examples), device)
             least = min(found["by_group"].values())
@@ -118,6 +121,7 @@ def run_row(
     return {
         **row.key,
         "parameters": count(model),
+        "cost": _cost(model, task, settings, device),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "results": results,
         "curve": curve,
@@ -129,24 +133,54 @@ def run_row(
     }
 
 
-def _optimizer(model: nn.Module, lr: float, focus_rate: float) -> torch.optim.Optimizer:
+def _cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
+    """On one fresh example."""
+    batch = task.batch(1, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
+    inputs = model_inputs(batch, task)
+    was_training = model.training
+    model.eval()
+    cost = {"flops": count_flops(model, **inputs)}
+    if not task.encoder:
+        cost |= keys_read(model, **inputs)
+    model.train(was_training)
+    return cost
+
+
+def _step(model: nn.Module, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> float:
+    loss = _loss(model, batch, task)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
+
+
+def _optimizer(model: nn.Module, lr: float, focus_rate: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[".focus." in path].append(parameter)
     own = {"params": groups[True], "lr": lr * focus_rate}
-    return torch.optim.AdamW([{"params": groups[False]}, own], lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([{"params": groups[False]}, own], lr=lr, weight_decay=0.01)
+    warm_up = max(1, steps // 20)
+    return optimizer, LambdaLR(optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 - 0.9 * step / steps))
 
 
-def forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
-    """Logits (B, T, vocabulary or tags)."""
+def model_inputs(batch: Batch, task: Task) -> dict[str, Any]:
+    """What a model is called with."""
     options: dict[str, Any] = {} if task.encoder else {"use_cache": False}
     if not task.ordered:
         # Rotary positions that are all equal rotate nothing against each other
         options["position_ids"] = torch.zeros_like(batch.input_ids)
         # Without a mask they would be taken for as many sequences in one row
         options["attention_mask"] = torch.ones_like(batch.input_ids)
-    return model(input_ids=batch.input_ids, **options).logits
+    return {"input_ids": batch.input_ids, **options}
+
+
+def forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
+    """Logits (B, T, vocabulary or tags)."""
+    return model(**model_inputs(batch, task)).logits
 
 
 def _loss(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Task:
         length: (**settings) -> tokens of an example.
         settings: the defaults that examples are made with in training.
         tests: name of a test set -> settings that differ there; `"train"`, fresh examples as in training, joins them.
-        focus: settings of FocusA that fit the task's sizes; a variant's own win.
+        focus: (**settings) -> settings of FocusA that fit; a variant's own win.
         encoder: see both sides (a BERT that labels tokens) instead of a causal Llama.
         ordered: whether positions mean anything; if not, models are given none.
         measure: (predictions (B, T), batch) -> further counts by name; summed over batches.
@@ -58,7 +58,7 @@ class Task:
     length: Callable[..., int]
     settings: Mapping[str, Any] = field(default_factory=dict)
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    focus: Mapping[str, Any] = field(default_factory=dict)
+    focus: Callable[..., Mapping[str, Any]] = dict
     encoder: bool = False
     ordered: bool = True
     measure: Callable[[Tensor, Batch], dict[str, float]] | None = None

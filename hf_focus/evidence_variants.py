@@ -31,6 +31,7 @@ class Variant:
         matched: parameters as many as those of `REFERENCE` (the MLP is widened or narrowed). A deeper baseline is
             not: it may have more.
         frozen: ends of names of parameters that keep their start.
+        near: how far the global branch looks, as a share of the length of the training examples; None: everywhere.
         focus_rate: learning rate of FocusA's parameters, as a multiple of the row's.
     """
 
@@ -40,6 +41,7 @@ class Variant:
     more_layers: int = 0
     matched: bool = True
     frozen: tuple[str, ...] = ()
+    near: float | None = None
     focus_rate: float = 1.0
 
 
@@ -56,6 +58,10 @@ VARIANTS: dict[str, Variant] = {
     "hybrid": Variant("sliding window + full, no iteration, no refiner", {"max_iterations": 1, "refiner": False}),
     "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
+    "focus, near": Variant("FocusA, global branch within an eighth", {"max_span": 32}, near=1 / 8),
+    "hybrid, near": Variant(
+        "sliding windows alone", {"max_span": 32, "max_iterations": 1, "refiner": False}, near=1 / 8
+    ),
     # Ablations
     "1 iteration": Variant("1 iteration", {"max_iterations": 1}),
     "2 iterations": Variant("2 iterations", {"max_iterations": 2}),
@@ -109,31 +115,54 @@ class Sizes:
     heads: int = 2
 
 
-def focus_settings(task: Task, variant: Variant) -> dict[str, Any] | None:
+def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) -> dict[str, Any] | None:
     """Every setting of FocusA that a variant has on a task; None without FocusA."""
     if variant.focus is None:
         return None
-    return FocusConfig.build({**task.focus, **variant.focus}).to_dict()
+    near = {} if variant.near is None else {"max_dist": max(1, round(variant.near * task.length(**settings)))}
+    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus}).to_dict()
 
 
-def build(task: Task, settings: Mapping[str, Any], name: str, sizes: Sizes, seed: int) -> PreTrainedModel:
+def build(
+    task: Task, settings: Mapping[str, Any], name: str, sizes: Sizes, seed: int, matched: bool = True
+) -> PreTrainedModel:
     """A new model in training mode; the same for the same seed.
 
     Args:
         settings: of the task's training examples, all of them.
         name: in `VARIANTS`.
+        matched: False leaves the MLP as it is, whatever the variant says.
     """
     variant = find_variant(name)
     inner = 2 * sizes.width
-    if variant.matched and name != REFERENCE:
+    if matched and variant.matched and name != REFERENCE:
         wanted = count(_make(task, settings, VARIANTS[REFERENCE], sizes, inner))
         inner = _matching_inner(task, settings, variant, sizes, inner, wanted)
     torch.manual_seed(seed)
     model = _make(task, settings, variant, sizes, inner)
+    _freeze(model, variant)
+    return model.train()
+
+
+def patch(model: PreTrainedModel, task: Task, settings: Mapping[str, Any], name: str) -> None:
+    """Make a trained plain model the variant `name`, which is the plain one or one with FocusA.
+
+    Raises:
+        FocusConfigError: a variant of another kind.
+    """
+    variant = find_variant(name)
+    focus = focus_settings(task, settings, variant)
+    if focus is not None:
+        apply_focus(model, focus)
+        _freeze(model, variant)
+    elif variant.attention or variant.more_layers:
+        raise FocusConfigError(bad_value("variant", name, "plain, or one that a model can be patched to"))
+
+
+def _freeze(model: nn.Module, variant: Variant) -> None:
     for path, parameter in model.named_parameters():
         if path.endswith(variant.frozen):
             parameter.requires_grad_(False)
-    return model.train()
 
 
 def count(model: nn.Module) -> int:
@@ -171,7 +200,7 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
         )
     else:
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
-    focus = focus_settings(task, variant)
+    focus = focus_settings(task, settings, variant)
     if focus is not None:
         apply_focus(model, focus)
     elif variant.attention is not None:

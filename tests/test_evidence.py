@@ -10,6 +10,7 @@ import torch
 
 from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_cli import main, run_group
+from hf_focus.evidence_cost import count_flops, keys_read
 from hf_focus.evidence_groups import GROUPS, QUICK, find_groups
 from hf_focus.evidence_plan import ACCURACY, STEPS, TUNING_SEEDS, Group
 from hf_focus.evidence_report import counted, report, section
@@ -281,3 +282,43 @@ def test_rows_of_text_have_bits_per_byte_and_rows_of_spans_f1() -> None:
     record = run_row(Row("entity spans", "plain", {"length": 48}, **short), examples=8)
     assert 0 <= record["results"]["train"]["f1"] <= 1
     assert record["results"]["train"]["spans_right"] > 0
+
+
+def test_pretrained_models_are_patched_or_go_on_plain() -> None:
+    patched, plain, other = (
+        run_row(replace(TINY, variant=variant, pretrain=pretrain), examples=8)
+        for variant, pretrain in (("focus", 3), ("plain", 3), ("plain", 0))
+    )
+    assert patched["parameters"] > plain["parameters"]
+    assert plain["loss"] != other["loss"]
+    with pytest.raises(FocusConfigError, match="patched"):
+        run_row(replace(TINY, variant="log-n", pretrain=1), examples=8)
+
+
+def test_equal_flops_are_fewer_steps_of_a_dearer_model() -> None:
+    costly = group(equal_flops=True, steps=100)
+    assert costly.steps_of("plain") == 100
+    assert 20 < costly.steps_of("focus") < 90
+    assert group(steps=100).steps_of("focus") == 100
+
+
+def test_keys_read() -> None:
+    task = find_task("recall")
+    ids = task.batch(1, torch.Generator().manual_seed(0), task.settings).input_ids
+    for name, read, kept in (("plain", 64, 64), ("focus", 64, 64), ("hybrid, near", 32 + 4, 32 + 4)):
+        # The span, half of 32 at first, and its soft edge of 16; and the sinks
+        model = build(task, task.settings, name, Sizes(width=16), 0).eval()
+        found = keys_read(model, input_ids=ids, use_cache=False)
+        assert (found["keys_read"], found["keys_kept"]) == (read, kept), name
+    assert keys_read(build(task, task.settings, "adaptive span", Sizes(width=16), 0), input_ids=ids)["keys_read"] == 64
+
+
+def test_flops_grow_with_iterations() -> None:
+    task = find_task("recall")
+    ids = task.batch(1, torch.Generator().manual_seed(0), task.settings).input_ids
+    counts = [
+        count_flops(build(task, task.settings, name, Sizes(width=16), 0), input_ids=ids)
+        for name in ("plain", "1 iteration", "4 iterations", "10 iterations")
+    ]
+    assert counts == sorted(counts)
+    assert counts[3] > 1.5 * counts[1]
