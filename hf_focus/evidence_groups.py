@@ -108,7 +108,7 @@ GROUPS: dict[str, Group] = {
                variants=("focus", "plain", "hybrid", "no refiner"), pretrain=1000, steps=1000),
     )
 }  # fmt: skip
-_SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 2, "batch": 32}
+_SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 2, "batch": 32, "examples": 64}
 # Under ten minutes on two cores: whether everything works, and a first look; too short and too few seeds to decide
 QUICK: tuple[Group, ...] = tuple(
     replace(GROUPS[name], name=f"quick-{name}", **{**_SMALL, **changes})

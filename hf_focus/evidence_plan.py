@@ -69,6 +69,7 @@ class Group:
         baseline: variant that the others are compared with.
         rates: learning rates that every variant is tuned over; one: no tuning.
         pretrain: steps that the plain model makes before it is patched.
+        examples: of each test set.
         equal_flops: every variant makes as many steps as `steps` of the baseline cost; else equal steps.
     """
 
@@ -88,6 +89,7 @@ class Group:
     until_solved: bool = False
     pretrain: int = 0
     equal_flops: bool = False
+    examples: int = 1024
 
     def row(self, variant: str, seed: int, lr: float) -> Row:
         return Row(
@@ -101,6 +103,7 @@ class Group:
             self.batch,
             self.pretrain,
             self.until_solved,
+            self.examples,
         )
 
     def steps_of(self, variant: str) -> int:

@@ -21,7 +21,6 @@ from .evidence_variants import Sizes, build, count, find_variant, focus_settings
 # Of the examples that models are tested on; no training seed reaches it
 TEST_SEED = 10**6
 SOLVED = 0.99
-TEST_EXAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Row:
         steps: of training, of `batch` examples each.
         pretrain: steps that the plain model makes before it is patched (or goes on plain), at the same rate.
         until_solved: stop as soon as every group is right in 99% (twice in a row, on fresh examples).
+        examples: of each test set, fewer where they are long.
     """
 
     task: str
@@ -49,6 +49,7 @@ class Row:
     batch: int = 64
     pretrain: int = 0
     until_solved: bool = False
+    examples: int = 1024
 
     @property
     def key(self) -> dict[str, Any]:
@@ -68,13 +69,11 @@ def run_row(
     row: Row,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
-    examples: int = TEST_EXAMPLES,
 ) -> dict[str, Any]:
     """Train and test.
 
     Args:
         progress: called now and then with a line of text.
-        examples: of each test set.
 
     Returns:
         `row.key`, and: parameters; cost: `count_flops` and, of causal models, `keys_read`; loss of the last 100 steps;
@@ -103,7 +102,7 @@ def run_row(
         batch = task.batch(row.batch, generator, settings).to(device)
         losses.append(_step(model, task, batch, optimizer, schedule))
         if step % every == 0:
-            found = measure(model, task, settings, fresh, min(256, examples), device)
+            found = measure(model, task, settings, fresh, min(256, row.examples), device)
             least = min(found["by_group"].values())
             curve.append((step, least))
             before = curve[-2][1] if len(curve) > 1 else 0.0
@@ -117,7 +116,7 @@ def run_row(
     results = {}
     for name, changes in {"train": {}, **task.tests}.items():
         unseen = torch.Generator().manual_seed(TEST_SEED)
-        results[name] = measure(model, task, {**settings, **changes}, unseen, examples, device)
+        results[name] = measure(model, task, {**settings, **changes}, unseen, row.examples, device)
     return {
         **row.key,
         "parameters": count(model),

@@ -20,7 +20,7 @@ from hf_focus.evidence_tasks import find_task
 from hf_focus.evidence_train import Row, forward, measure, run_row
 from hf_focus.evidence_variants import REFERENCE, TOLERANCE, VARIANTS, Sizes, build, count, find_variant
 
-TINY = Row("k-step", "focus", {"elements": 4, "steps": 2}, {"width": 16}, steps=4, batch=4)
+TINY = Row("k-step", "focus", {"elements": 4, "steps": 2}, {"width": 16}, steps=4, batch=4, examples=64)
 
 
 def group(**changes: object) -> Group:
@@ -37,6 +37,7 @@ def group(**changes: object) -> Group:
             seeds=2,
             steps=3,
             batch=4,
+            examples=64,
         ),
         **changes,
     )
@@ -112,7 +113,7 @@ def test_a_row_is_reproducible_and_tells_everything() -> None:
 
 
 def test_a_row_that_is_solved_stops() -> None:
-    easy = replace(TINY, settings={"elements": 2, "steps": 1}, steps=400, batch=32, until_solved=True)
+    easy = replace(TINY, settings={"elements": 2, "steps": 1}, steps=400, batch=32, until_solved=True, examples=256)
     record = run_row(easy)
     assert record["steps_to_solved"] is not None
     assert record["steps_made"] < 400
@@ -274,25 +275,25 @@ def test_without_order_items_may_be_shuffled(variant: str) -> None:
 
 
 def test_rows_of_text_have_bits_per_byte_and_rows_of_spans_f1() -> None:
-    short = {"sizes": {"width": 16}, "steps": 2, "batch": 2}
-    record = run_row(Row("text", "plain", {"length": 16, "megabytes": 0.1}, **short), examples=8)
+    short = {"sizes": {"width": 16}, "steps": 2, "batch": 2, "examples": 8}
+    record = run_row(Row("text", "plain", {"length": 16, "megabytes": 0.1}, **short))
     assert record["results"]["held out"]["bits_per_byte"] == pytest.approx(
         record["results"]["held out"]["loss"] / math.log(2)
     )
-    record = run_row(Row("entity spans", "plain", {"length": 48}, **short), examples=8)
+    record = run_row(Row("entity spans", "plain", {"length": 48}, **short))
     assert 0 <= record["results"]["train"]["f1"] <= 1
     assert record["results"]["train"]["spans_right"] > 0
 
 
 def test_pretrained_models_are_patched_or_go_on_plain() -> None:
     patched, plain, other = (
-        run_row(replace(TINY, variant=variant, pretrain=pretrain), examples=8)
+        run_row(replace(TINY, variant=variant, pretrain=pretrain))
         for variant, pretrain in (("focus", 3), ("plain", 3), ("plain", 0))
     )
     assert patched["parameters"] > plain["parameters"]
     assert plain["loss"] != other["loss"]
     with pytest.raises(FocusConfigError, match="patched"):
-        run_row(replace(TINY, variant="log-n", pretrain=1), examples=8)
+        run_row(replace(TINY, variant="log-n", pretrain=1))
 
 
 def test_equal_flops_are_fewer_steps_of_a_dearer_model() -> None:
