@@ -63,7 +63,7 @@ def run_group(
     Returns:
         Rows that are still to be measured.
     """
-    path = output / "results" / f"{group.name}.jsonl"
+    path = output / "results" / group.file
     limit = None if minutes is None else 60 * minutes
     wanted = {"variant": set(variants or group.variants), "seeds": group.seeds if seeds is None else seeds}
     tuning = [row for row in group.tuning_rows() if row.variant in wanted["variant"]]
@@ -82,7 +82,7 @@ def write_report(output: Path) -> None:
         print("No pictures: they need matplotlib (pip install hf_focus[plots])", file=sys.stderr)
     else:
         for group in find_groups(["all", "quick"]):
-            found = counted(group, read_rows(output / "results" / f"{group.name}.jsonl"))
+            found = counted(group, read_rows(output / "results" / group.file))
             if any(found.values()):
                 plot_group(output / f"{group.name}.png", group, found)
     (output / REPORT).write_text(report(output / "results"), encoding="utf-8")

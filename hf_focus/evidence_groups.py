@@ -15,7 +15,7 @@ SCREENED = (
     "focus", "both, start 1", "read-out from both", "local start 1", "soft start", "eager start", "no refiner",
     "long span", "fixed span", "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3",
     "seed temperature", "fixed temperature", "last", "additive", "additive, last", "1 iteration", "2 iterations",
-    "10 iterations",
+    "10 iterations", "soft, both", "soft, both, start 1", "hybrid",
 )  # fmt: skip
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
 LONG_BITS = Measure(

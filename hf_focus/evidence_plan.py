@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .evidence_cost import count_flops
+from .evidence_run import find_record
 from .evidence_tasks import find_task
 from .evidence_train import Row, model_inputs
 from .evidence_variants import Sizes, build
@@ -63,7 +64,7 @@ class Group:
     """Rows that differ in variant, seed and learning rate only: one table of the report.
 
     Args:
-        name: of its file of results.
+        name: on the command line, and of its picture. Rows are kept by task: groups may share some.
         claim: number of the claim.
         title: of its table.
         baseline: variant that the others are compared with.
@@ -124,15 +125,21 @@ class Group:
         """The rows that count, seed by seed, so that a stopped run has every variant equally often."""
         return [self.row(v, seed, rates[v]) for seed in range(self.seeds) for v in self.variants]
 
+    @property
+    def file(self) -> str:
+        """Of its rows, in the folder of results."""
+        return f"{self.task.replace(' ', '-')}.jsonl"
+
     def choose_rates(self, finished: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Variant -> learning rate: the one with the best mean of the first measure on the tuning seeds; the first one
         while there are none of them. Of equals the first."""
         measure, chosen = self.measures[0], {}
+        tuning = [record for row in self.tuning_rows() if (record := find_record(row, finished)) is not None]
         for variant in self.variants:
             scores: dict[float, list[float]] = {}
-            for record in finished:
+            for record in tuning:
                 value = measure.read(record)
-                if record["variant"] == variant and record["seed"] in TUNING_SEEDS and value is not None:
+                if record["variant"] == variant and value is not None:
                     scores.setdefault(record["lr"], []).append(-value if measure.lower_is_better else value)
             means = {lr: sum(values) / len(values) for lr, values in scores.items() if lr in self.rates}
             chosen[variant] = max(self.rates, key=lambda lr: means.get(lr, -math.inf))

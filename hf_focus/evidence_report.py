@@ -8,6 +8,7 @@ from .evidence_groups import GROUPS, QUICK
 from .evidence_plan import TUNING_SEEDS, Group, Measure
 from .evidence_run import is_done, read_rows
 from .evidence_statistics import Difference, Estimate, difference, estimate
+from .evidence_targets import TARGETS
 from .evidence_tasks import find_task
 from .evidence_variants import VARIANTS
 
@@ -38,27 +39,36 @@ def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Reco
     found: dict[str, dict[int, Record]] = {variant: {} for variant in group.variants}
     for record in records:
         variant, seed = record["variant"], record["seed"]
-        if (
-            variant in found
-            and seed not in TUNING_SEEDS
-            and is_done(group.row(variant, seed, rates[variant]), [record])
-        ):
+        known = variant in found and seed not in TUNING_SEEDS
+        if known and is_done(group.row(variant, seed, rates[variant]), [record]):
             found[variant][seed] = record
     return found
 
 
 def report(folder: Path) -> str:
     """The whole page, in markdown, from the results in `folder`."""
-    parts = [INTRODUCTION]
     groups = [*GROUPS.values(), *QUICK]
+    parts = [INTRODUCTION, "## Targets", targets(folder)]
     for claim, title in CLAIMS.items():
         sections = [
             text
             for group in groups
-            if group.claim == claim and (text := section(group, read_rows(folder / f"{group.name}.jsonl")))
+            if group.claim == claim and (text := section(group, read_rows(folder / group.file)))
         ]
         parts += [f"## {claim}. {title}", *(sections or ["Not measured yet."])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def targets(folder: Path) -> str:
+    """What was aimed at, and what became of it."""
+    words = {True: "reached", False: "**not reached**", None: "too few seeds to say"}
+    lines = []
+    for target in TARGETS:
+        group = GROUPS[target.group]
+        verdict = target.judge(counted(group, read_rows(folder / group.file)))
+        said = ("", "not measured") if verdict is None else (verdict.measured, words[verdict.reached])
+        lines.append((str(target.claim), f"{group.title}: {target.wanted}", *said))
+    return table(("claim", "target", "measured", ""), lines)
 
 
 def section(group: Group, records: Sequence[Record]) -> str:

@@ -30,19 +30,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
-    """Whether one of `finished` is this row. Settings of FocusA that did not exist when it was made are not compared:
-    new ones start as what was there before."""
+    """Whether one of `finished` is this row, see `find_record`."""
+    return find_record(row, finished) is not None
+
+
+def find_record(row: Row, finished: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last of `finished` that is this row. Settings of FocusA that did not exist when it was made are not
+    compared: new ones start as what was there before."""
     key = row.key
-    focus = key.pop("focus")
-    for other in finished:
-        if all(other.get(name) == value for name, value in key.items()):
-            known = other.get("focus")
-            if known is None or focus is None:
-                if known is focus:
-                    return True
-            elif all(focus.get(name) == value for name, value in known.items()):
-                return True
-    return False
+    focus = key.pop("focus") or {}
+    for other in reversed(list(finished)):
+        known = other.get("focus")
+        same = all(other.get(name) == value for name, value in key.items()) and (known is None) == (not focus)
+        if same and all(focus.get(name) == value for name, value in (known or {}).items()):
+            return other
+    return None
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -91,6 +91,20 @@ VARIANTS: dict[str, Variant] = {
         "read-out from both, local start 1, long span, no refiner",
         {"readout_from": "both", "local_start": 1.0, "initial_span": 0.99, "refiner": False},
     ),
+    "soft, both": Variant(
+        "soft start, read-out from both, long span, no refiner",
+        {"gain_start": 0.3, "readout_from": "both", "initial_span": 0.99, "refiner": False},
+    ),
+    "soft, both, start 1": Variant(
+        "soft start, read-out from both, local start 1, long span, no refiner",
+        {
+            "gain_start": 0.3,
+            "readout_from": "both",
+            "local_start": 1.0,
+            "initial_span": 0.99,
+            "refiner": False,
+        },
+    ),
     "long span": Variant("spans start at the longest", {"initial_span": 0.99}),
 }
 

@@ -16,6 +16,16 @@ from hf_focus.evidence_plan import ACCURACY, STEPS, TUNING_SEEDS, Group
 from hf_focus.evidence_report import counted, report, section
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
 from hf_focus.evidence_statistics import difference, estimate, sign_flip_test
+from hf_focus.evidence_targets import (
+    TARGETS,
+    Target,
+    Verdict,
+    better_by,
+    fewer_solved,
+    mean_below,
+    ratio_at_most,
+    solved_share,
+)
 from hf_focus.evidence_tasks import find_task
 from hf_focus.evidence_train import Row, forward, measure, run_row
 from hf_focus.evidence_variants import REFERENCE, TOLERANCE, VARIANTS, Sizes, build, count, find_variant
@@ -207,7 +217,7 @@ def test_sign_flips_by_hand() -> None:
 def test_learning_rates_are_chosen_on_seeds_that_do_not_count(tmp_path: Path) -> None:
     tuned = group(rates=(1e-3, 3e-3), seeds=1)
     assert run_group(tuned, tmp_path, "cpu") == 0
-    records = read_rows(tmp_path / "results" / "tiny.jsonl")
+    records = read_rows(tmp_path / "results" / "k-step.jsonl")
     assert sorted({record["seed"] for record in records}) == [0, *TUNING_SEEDS]
     for record in records:
         if record["seed"] in TUNING_SEEDS:
@@ -225,7 +235,7 @@ def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     page = (tmp_path / "REPORT.md").read_text()
     assert "### Tiny" in page
     assert (tmp_path / "tiny.png").stat().st_size > 1000
-    records = read_rows(tmp_path / "results" / "tiny.jsonl")
+    records = read_rows(tmp_path / "results" / "k-step.jsonl")
     mean = 100 * sum(r["results"]["train"]["accuracy"] for r in records if r["variant"] == "focus") / 2
     assert f"| {mean:.1f} [" in page or f"| {mean:.3f} [" in page
     assert main(["--report", "--output", str(tmp_path)]) == 0
@@ -323,3 +333,36 @@ def test_flops_grow_with_iterations() -> None:
     ]
     assert counts == sorted(counts)
     assert counts[3] > 1.5 * counts[1]
+
+
+def test_targets_are_judged_by_the_rows() -> None:
+    def rows(solved: list[bool], accuracy: list[float]) -> dict[int, dict[str, object]]:
+        return {
+            seed: {"steps": 100, "steps_to_solved": 10 if s else None, "results": {"train": {"accuracy": a}}}
+            for seed, (s, a) in enumerate(zip(solved, accuracy, strict=True))
+        }
+
+    found = {
+        "focus": rows([True] * 9 + [False], [0.9, 0.91, 0.92, 0.93, 0.94] * 2),
+        "plain": rows([False] * 10, [0.5] * 10),
+    }
+    assert solved_share("focus", 0.9)(found) == Verdict("9 of 10 (10 seeds)", True)
+    assert solved_share("focus", 0.95)(found).reached is False
+    few = {"focus": {0: found["focus"][0]}, "plain": {0: found["plain"][0]}}
+    assert solved_share("focus", 0.9)(few).reached is None
+    assert solved_share("other", 0.9)(found) is None
+    assert fewer_solved("focus", "plain")(found).measured == "9 against 0 (10 seeds)"
+    assert mean_below("plain", ACCURACY, 51)(found).reached
+    assert not mean_below("plain", ACCURACY, 50)(found).reached
+    assert better_by("focus", "plain", ACCURACY, 20)(found).reached
+    assert not better_by("focus", "plain", ACCURACY, 50)(found).reached
+    assert not better_by("plain", "focus", ACCURACY)(found).reached
+    # Nine rows in 10 steps and one in 100, against 100 each
+    assert ratio_at_most("focus", "plain", STEPS, 0.5)(found) == Verdict("0.190 (10 seeds)", True)
+    assert ratio_at_most("focus", "focus", ACCURACY, 1.0, own=ACCURACY)(found).measured == "1.000 (10 seeds)"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.group}: {target.wanted}")
+def test_targets_are_of_groups_that_exist(target: Target) -> None:
+    assert GROUPS[target.group].claim in (target.claim, 2)
+    assert target.judge({}) is None
