@@ -56,7 +56,7 @@ def rank_residual(hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[str, float]:
+def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor], **inputs: Any) -> dict[str, float]:
     """Spread of attention and collapse of ranks, means over layers, heads and tokens.
 
     Needs the attention weights: the model runs with eager attention, T × T a head, for this. Of a model with FocusA
@@ -65,6 +65,7 @@ def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor]) -> di
     Args:
         model: encoder or decoder; its mode and attention are restored.
         sequences: token ids (1, T) without padding.
+        inputs: what else the model is called with.
 
     Returns:
         means of `attention_spread`; rank_residual of the last layer; rank_residual_ratio: to that of the first layer's
@@ -78,7 +79,7 @@ def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor]) -> di
     count = 0
     with _eager(model):
         for ids in sequences:
-            for name, value in _measure_one(model, ids.to(model.device)).items():
+            for name, value in _measure_one(model, ids.to(model.device), inputs).items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
     if not count:
@@ -86,8 +87,8 @@ def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor]) -> di
     return {name: value / count for name, value in sums.items()}
 
 
-def _measure_one(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
-    options = {"output_attentions": True, "output_hidden_states": True}
+def _measure_one(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) -> dict[str, float]:
+    options = {**inputs, "output_attentions": True, "output_hidden_states": True}
     if isinstance(model, FocusMixin):
         with record_focus(model) as records:
             outputs = model(input_ids=ids, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .evidence_groups import GROUPS, find_groups
+from .evidence_map import write_map
 from .evidence_plan import Group
 from .evidence_plots import plot_group
 from .evidence_report import counted, report
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None, fold
     add("groups", nargs="*", default=["all"], help=f"what to measure: all, quick, {', '.join(GROUPS)}")
     add("--quick", action="store_true", help="the quick preset, under ten minutes on two cores")
     add("--report", action="store_true", help="only write the report from the results that there are")
+    add("--map", action="store_true", help="only train a model on text and draw what FocusA does in it")
     add("--variants", nargs="+", help="only these variants of the groups")
     add("--seeds", type=int, help="seeds of every group; default: the group's own")
     add("--minutes", type=float, help="begin no row after this time; start again to go on")
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None, description: str | None = None, fold
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     left = 0
+    if args.map:
+        print(write_map(args.output, device=device, progress=_say))
+        return left
     if not args.report:
         for group in find_groups(["quick"] if args.quick else args.groups):
             left += run_group(group, args.output, device, args.variants, args.seeds, args.minutes)

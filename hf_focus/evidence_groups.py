@@ -37,6 +37,11 @@ def exact_on(test: str) -> Measure:
     return Measure(f"{test}: all right, %", ("results", test, "exact"), scale=100)
 
 
+def entropy_on(test: str) -> Measure:
+    """Entropy of the global attention on a test set, as a share of log n."""
+    return Measure(f"entropy / log n, {test}", ("results", test, "spread", "entropy_share"), lower_is_better=True)
+
+
 def _k_step(name: str, largest: int, variants: tuple[str, ...], title: str, **changes: Any) -> Group:
     by_k = tuple(accuracy_on("train", k) for k in range(1, largest + 1))
     return Group(
@@ -73,7 +78,8 @@ GROUPS: dict[str, Group] = {
         _tuned("passkey", 1, "Passkey, trained at L = 128", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8)))),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
-               (ACCURACY, *(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096))), sizes={}),
+               (ACCURACY, *(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), *(entropy_on(str(n))
+               for n in (16, 256, 4096))), sizes={}),
         *(
             _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
                    (EXACT, STEPS, *_LENGTHS), steps=3000)

@@ -158,6 +158,7 @@ def _count_spans(predictions: Tensor, batch: Batch) -> dict[str, float]:
 
 
 def _needles(name: str, title: str, **settings: int) -> Task:
+    hidden = settings.get("hidden", 4)
     defaults = {
         "length": 128, "hidden": 4, "values": 1, "asked": 1, "keys": 32, "digits": 2, "words": 32,
     }  # fmt: skip
@@ -172,6 +173,7 @@ def _needles(name: str, title: str, **settings: int) -> Task:
         settings={**defaults, **settings},
         tests={f"{times} L": {"length": 128 * times} for times in (2, 4, 8, 16, 32)},
         focus=lambda **_: {"max_span": 128, "ramp": 16},
+        spread=hidden == 1,
     )
 
 

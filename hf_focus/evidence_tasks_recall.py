@@ -131,5 +131,6 @@ TASKS = [
         # As long as the longest test: a span that cannot reach the items could only lose
         focus=lambda **_: {"max_span": 4097, "ramp": 32},
         ordered=False,
+        spread=True,
     ),
 ]

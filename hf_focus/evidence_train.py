@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
+from .claims import measure_attention
 from .evidence_cost import count_flops, keys_read
 from .evidence_spans import span_scores
 from .evidence_tasks import find_task
@@ -80,6 +82,39 @@ def run_row(
         results: test set -> what `measure` gives; curve: pairs of step and least accuracy of a group; steps_to_solved
         (None: never); steps_made; seconds; versions.
     """
+    started = time.perf_counter()
+    model, losses, curve, solved_at = train(row, device, progress)
+    task = find_task(row.task)
+    settings = task.with_settings(row.settings)
+    seconds = time.perf_counter() - started
+    results = {}
+    for name, changes in {"train": {}, **task.tests}.items():
+        unseen = torch.Generator().manual_seed(TEST_SEED)
+        results[name] = measure(model, task, {**settings, **changes}, unseen, row.examples, device)
+        # A baseline's own attention has no eager form
+        if task.spread and find_variant(row.variant).attention is None:
+            one = task.batch(1, torch.Generator().manual_seed(TEST_SEED), {**settings, **changes}).to(device)
+            inputs = model_inputs(one, task)
+            results[name]["spread"] = measure_attention(model, [inputs.pop("input_ids")], **inputs)
+    return {
+        **row.key,
+        "parameters": count(model),
+        "cost": _cost(model, task, settings, device),
+        "loss": sum(losses[-100:]) / len(losses[-100:]),
+        "results": results,
+        "curve": curve,
+        "steps_to_solved": solved_at,
+        "steps_made": len(losses),
+        "seconds": round(seconds, 1),
+        "device": device,
+        "versions": {name: version(name) for name in ("hf_focus", "torch", "transformers")},
+    }
+
+
+def train(
+    row: Row, device: str = "cpu", progress: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, list[float], list[tuple[int, float]], int | None]:
+    """The model of a row, trained; its losses; its curve and the step that it was solved at, see `run_row`."""
     task = find_task(row.task)
     settings = task.with_settings(row.settings)
     generator = torch.Generator().manual_seed(row.seed)
@@ -94,7 +129,6 @@ def run_row(
         model = build(task, settings, row.variant, sizes, row.seed).to(device)
     optimizer, schedule = _optimizer(model, row.lr, find_variant(row.variant).focus_rate, row.steps)
     fresh = torch.Generator().manual_seed(TEST_SEED + 1 + row.seed)
-    started = time.perf_counter()
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     solved_at, every = None, max(1, min(100, row.steps // 10))
@@ -112,24 +146,7 @@ def run_row(
                 progress(f"step {step}/{row.steps}  loss {losses[-1]:.3f}  least accuracy {least:.3f}")
             if solved_at is not None and row.until_solved:
                 break
-    seconds = time.perf_counter() - started
-    results = {}
-    for name, changes in {"train": {}, **task.tests}.items():
-        unseen = torch.Generator().manual_seed(TEST_SEED)
-        results[name] = measure(model, task, {**settings, **changes}, unseen, row.examples, device)
-    return {
-        **row.key,
-        "parameters": count(model),
-        "cost": _cost(model, task, settings, device),
-        "loss": sum(losses[-100:]) / len(losses[-100:]),
-        "results": results,
-        "curve": curve,
-        "steps_to_solved": solved_at,
-        "steps_made": len(losses),
-        "seconds": round(seconds, 1),
-        "device": device,
-        "versions": {name: version(name) for name in ("hf_focus", "torch", "transformers")},
-    }
+    return model, losses, curve, solved_at
 
 
 def _cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:

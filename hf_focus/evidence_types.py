@@ -45,6 +45,7 @@ class Task:
         focus: (**settings) -> settings of FocusA that fit; a variant's own win.
         encoder: see both sides (a BERT that labels tokens) instead of a causal Llama.
         ordered: whether positions mean anything; if not, models are given none.
+        spread: measure on every test set how attention is spread, see `claims.measure_attention`.
         measure: (predictions (B, T), batch) -> further counts by name; summed over batches.
         bytes_per_label: of text; with it the loss is also given in bits per byte.
     """
@@ -61,6 +62,7 @@ class Task:
     focus: Callable[..., Mapping[str, Any]] = dict
     encoder: bool = False
     ordered: bool = True
+    spread: bool = False
     measure: Callable[[Tensor, Batch], dict[str, float]] | None = None
     bytes_per_label: float | None = None
 

@@ -25,8 +25,9 @@ from hf_focus.evidence_targets import (
     mean_below,
     ratio_at_most,
     solved_share,
+    stays_within,
 )
-from hf_focus.evidence_tasks import find_task
+from hf_focus.evidence_tasks import TASKS, find_task
 from hf_focus.evidence_train import Row, forward, measure, run_row
 from hf_focus.evidence_variants import REFERENCE, TOLERANCE, VARIANTS, Sizes, build, count, find_variant
 
@@ -306,6 +307,16 @@ def test_pretrained_models_are_patched_or_go_on_plain() -> None:
         run_row(replace(TINY, variant="log-n", pretrain=1))
 
 
+def test_rows_tell_how_attention_is_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "needle", replace(TASKS["needle"], tests={"2 L": {"length": 64}}))
+    short = {"sizes": {"width": 16}, "steps": 2, "batch": 2, "examples": 2}
+    for variant, told in (("focus", True), ("log-n", False)):
+        record = run_row(Row("needle", variant, {"length": 32}, **short))
+        assert ("spread" in record["results"]["2 L"]) == told
+    spread = run_row(Row("needle", "plain", {"length": 32}, **short))["results"]["train"]["spread"]
+    assert 0 < spread["entropy_share"] <= 1
+
+
 def test_equal_flops_are_fewer_steps_of_a_dearer_model() -> None:
     costly = group(equal_flops=True, steps=100)
     assert costly.steps_of("plain") == 100
@@ -357,6 +368,7 @@ def test_targets_are_judged_by_the_rows() -> None:
     assert better_by("focus", "plain", ACCURACY, 20)(found).reached
     assert not better_by("focus", "plain", ACCURACY, 50)(found).reached
     assert not better_by("plain", "focus", ACCURACY)(found).reached
+    assert stays_within("focus", ACCURACY, ACCURACY, 0.0)(found) == Verdict("+0% (10 seeds)", True)
     # Nine rows in 10 steps and one in 100, against 100 each
     assert ratio_at_most("focus", "plain", STEPS, 0.5)(found) == Verdict("0.190 (10 seeds)", True)
     assert ratio_at_most("focus", "focus", ACCURACY, 1.0, own=ACCURACY)(found).measured == "1.000 (10 seeds)"
