@@ -1,5 +1,6 @@
 """`FocusBranch`: all that FocusA adds to one attention layer. It is the layer's submodule `focus`."""
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class FocusBranch(nn.Module):
 
     Every weight starts so that the output is the global branch's, exactly: the join is P = [0, I] + W with W = 0, and
     F = I + `feedback_matrix` with zeros. Kept as differences, weight decay pulls towards the pretrained model.
+    (`local_start` other than 0 is for models without a pretrained one: W starts at [local_start · I, 0].)
 
     Args:
         config: the settings.
@@ -57,6 +59,8 @@ class FocusBranch(nn.Module):
         self.log_gain = _parameter(normalized, num_heads)
         self.readout_weight = _parameter(mixture, num_heads, head_dim, config.max_iterations)
         self.readout_bias = _parameter(mixture, num_heads, config.max_iterations)
+        both = mixture and config.readout_from == "both"
+        self.readout_global_weight = _parameter(both, num_heads, value_head_dim, config.max_iterations)
         dense = config.combine == "projection"
         shape = (2 * dims, dims) if dense else (num_heads, 2 * value_head_dim, value_head_dim)
         self.join = _parameter(join, *shape)
@@ -67,9 +71,16 @@ class FocusBranch(nn.Module):
         for part in (self.predictor, self.span, self.refiner):
             if part is not None:
                 part.reset_parameters()
-        for parameter in (self.feedback_matrix, self.mix, self.log_gain, self.readout_weight, self.join):
+        readout = (self.readout_weight, self.readout_global_weight)
+        for parameter in (self.feedback_matrix, *readout):
             if parameter is not None:
                 init.zeros_(parameter)
+        if self.mix is not None:
+            init.constant_(self.mix, math.log(self.config.mix_start / (1 - self.config.mix_start)))
+            init.constant_(self.log_gain, math.log(self.config.gain_start))
+        if self.join is not None:
+            rows, columns = self.join.shape[-2:]
+            init.copy_(self.join, (self.config.local_start * torch.eye(rows, columns)).expand(self.join.shape))
         if self.readout_bias is not None:
             start = torch.zeros(self.readout_bias.shape)
             start[:, 0] = self.config.readout_bias
@@ -151,7 +162,7 @@ class FocusBranch(nn.Module):
             value,
             span,
             temperature=temperature,
-            readout_weights=self._readout_weights(query),
+            readout_weights=self._readout_weights(query, global_output),
             feedback_matrix=self._feedback_matrix(),
             mix=None if self.mix is None else _wide(self.mix).sigmoid(),
             gain=None if self.log_gain is None else _wide(self.log_gain).exp(),
@@ -211,11 +222,14 @@ class FocusBranch(nn.Module):
             features = [x.mean(dim=1, keepdim=True) for x in features]
         return torch.stack(torch.broadcast_tensors(*features), dim=-1)
 
-    def _readout_weights(self, query: Tensor) -> Tensor | None:
+    def _readout_weights(self, query: Tensor, global_output: Tensor) -> Tensor | None:
         if self.readout_weight is None:
             return None
-        logits = torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype))
-        return (_wide(logits) + _wide(self.readout_bias)[:, None]).softmax(dim=-1)
+        logits = _wide(torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype)))
+        if self.readout_global_weight is not None:
+            weight = self.readout_global_weight.to(global_output.dtype)
+            logits = logits + _wide(torch.einsum("bthv,hvi->bhti", global_output, weight))
+        return (logits + _wide(self.readout_bias)[:, None]).softmax(dim=-1)
 
     def _feedback_matrix(self) -> Tensor | None:
         if self.feedback_matrix is None:

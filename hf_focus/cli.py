@@ -167,15 +167,18 @@ def evaluate(argv: Sequence[str]) -> None:
     """Print the metrics of MODEL, with FocusA or without: those that fine-tuning reports, computed alike.
 
     Data: --eval-files; or --dataset with its --eval-split; or what fine-tuning with the same data flags and --seed
-    would hold out. Of a model with FocusA also the mean span, entropy, coverage and iterations, on the first batch.
+    would hold out; with --claims alone, source files of Python's standard library. Of a model with FocusA also the
+    mean span, entropy, coverage and iterations, on the first batch.
 
         hf-focus evaluate out --eval-files held-out.txt
         hf-focus evaluate out --train-files book.txt --json   # the share that fine-tuning held out with this seed
+        hf-focus evaluate out --claims                        # how attention is spread, ranks, a number hidden in text
         hf-focus evaluate textattack/bert-base-uncased-imdb --task sequence-classification \\
             --dataset stanfordnlp/imdb --eval-split test --max-eval-examples 1000
     """
     from .arguments import DataArguments, ModelArguments
     from .scoring import evaluate_saved
+    from .scoring_claims import evaluate_claims
     from .tasks import TASKS
 
     parser = _parser("evaluate", [DataArguments])
@@ -186,25 +189,31 @@ def evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="examples in one forward pass")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out share, and of what masked-lm masks")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU even where there is a GPU")
+    parser.add_argument("--claims", action="store_true", help="also what `hf_focus.claims` measures, as claim_…")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     data, args = _parse(parser, argv)
     if args.batch_size < 1:
         raise FocusConfigError(bad_value("batch_size", args.batch_size, "an int >= 1"))
-    metrics = evaluate_saved(
-        ModelArguments(
-            args.model,
-            revision=args.revision,
-            tokenizer=args.tokenizer,
-            trust_remote_code=args.trust_remote_code,
-            dtype=args.dtype,
-        ),
-        data,
-        args.task,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        cpu=args.cpu,
-        show_progress=True,
+    model_args = ModelArguments(
+        args.model,
+        revision=args.revision,
+        tokenizer=args.tokenizer,
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
     )
+    metrics = {}
+    if not args.claims or data.eval_files or data.dataset or data.train_files:
+        metrics = evaluate_saved(
+            model_args,
+            data,
+            args.task,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            cpu=args.cpu,
+            show_progress=True,
+        )
+    if args.claims:
+        metrics |= evaluate_claims(model_args, data, args.task, args.cpu)
     if args.json:
         # JSON has no infinity
         print(json.dumps({name: value if isfinite(value) else None for name, value in metrics.items()}))

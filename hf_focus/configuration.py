@@ -55,8 +55,12 @@ _RULES = {
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
     "anchored": BOOL,
+    "mix_start": BETWEEN_ZERO_AND_ONE,
+    "gain_start": number("a number above 0", lambda value: value > 0),
     "readout": choice("mixture", "last"),
     "readout_bias": number("a number", lambda value: True),
+    "readout_from": choice("query", "both"),
+    "local_start": number("a number", lambda value: True),
     "combine": choice("per_head", "projection"),
     "stop": choice("absolute", "relative"),
     "base_threshold": NON_NEGATIVE,
@@ -104,9 +108,16 @@ class FocusConfig:
         feedback: how the output enters the next query: `"normalized"` (mixed in, norm kept) or
             `"additive"` (the seed).
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
+        mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
+        gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
+            attention is softer then, which leaves the feedback a gradient where the first attention is sharp.
         readout: `"mixture"` (a learned average over the iterations) or `"last"` (the seed).
         readout_bias: with `"mixture"`: how far, in logits, training starts on the first iterate; 0 is an
             equal mixture.
+        readout_from: with `"mixture"`: what its weights depend on: the `"query"`, or `"both"` query and global output,
+            so that a token elsewhere can say how many iterations this one takes.
+        local_start: how much of the local output is added to the global one at the start: 0 leaves a pretrained model
+            as it was; a model trained from scratch may start with 1.
         combine: join of local and global output within a head (`"per_head"`) or across heads
             (`"projection"`, the seed).
         stop: the stop rule reads the change of the output in the values' units (`"absolute"`, the seed) or as a
@@ -144,8 +155,12 @@ class FocusConfig:
     temp_scale: float = 0.01
     feedback: str = "normalized"
     anchored: bool = False
+    mix_start: float = 0.5
+    gain_start: float = 1.0
     readout: str = "mixture"
     readout_bias: float = 0.0
+    readout_from: str = "query"
+    local_start: float = 0.0
     combine: str = "per_head"
     stop: str = "absolute"
     base_threshold: float = 1e-4

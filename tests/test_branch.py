@@ -44,6 +44,7 @@ ACTS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "feedback": ("normalized", "additive", {}, {}),
     "anchored": (True, False, {}, {}),
     "readout": ("mixture", "last", {}, {}),
+    "readout_from": ("both", "query", {}, {}),
     "combine": ("per_head", "projection", {}, {}),
     "stop": ("absolute", "relative", STOPS_SOME, {}),
     "base_threshold": (0.15, 0.0, {}, {}),
@@ -52,7 +53,7 @@ ACTS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "num_actions": (10, 3, {}, {}),
 }
 # What shows in the values that training starts from
-STARTS = {"initial_span": (0.5, 0.1), "readout_bias": (0.0, 3.0)}
+STARTS = {"initial_span": (0.5, 0.1), "readout_bias": (0.0, 3.0), "mix_start": (0.5, 0.9), "gain_start": (1.0, 0.3)}
 # What shows in what the refiner learns
 TEACHES = {
     "alpha": (0.1, 0.5),
@@ -69,6 +70,7 @@ ELSEWHERE = {
     "backend": "test_backends_agree",
     "layers": "test_architectures.py",
     "modules": "test_patching.py",
+    "local_start": "test_local_start",
     "global_attn_implementation": "test_architectures.py",
 }
 
@@ -108,6 +110,26 @@ def test_settings_of_the_start_act(name: str) -> None:
         module = FocusBranch(FocusConfig(max_span=8, ramp=4, **{name: value}), HEADS, DIM, VALUE_DIM).eval()
         results.append(module.attend(*branch_inputs()))
     assert_acts(*results)
+
+
+@pytest.mark.parametrize("combine", ["per_head", "projection"])
+def test_local_start(combine: str) -> None:
+    """An untrained branch adds the local output, so many times, to the global one."""
+    shape = (HEADS, DIM, DIM)
+    silent, loud = (
+        FocusBranch(FocusConfig(max_span=8, combine=combine, local_start=start), *shape).eval() for start in (0.0, 0.5)
+    )
+    query, key, _, _ = branch_inputs()
+    inputs = (query, key, key, query.transpose(1, 2))
+    assert torch.equal(silent(*inputs), inputs[3])
+    torch.testing.assert_close(loud(*inputs), inputs[3] + 0.5 * loud.attend(*inputs).transpose(1, 2))
+
+
+def test_a_read_out_from_both_learns_from_the_global_output() -> None:
+    module = branch(readout_from="both").train()
+    run(module).square().sum().backward()
+    assert_every_parameter_learns(module)
+    assert branch().readout_global_weight is None
 
 
 @pytest.mark.parametrize("name", TEACHES)

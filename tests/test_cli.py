@@ -322,6 +322,21 @@ def test_evaluate_repeats_what_finetune_reported(
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("kind", ["plain", "focused"])
+def test_evaluate_measures_claims(
+    kind: str, request: pytest.FixtureRequest, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = request.getfixturevalue(kind)
+    assert run(["evaluate", model, "--claims", "--json", "--cpu", "--block-size", 32, "--max-eval-examples", 2]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["claim_entropy_share"] <= 1
+    assert ("claim_local_entropy" in found) == (kind == "focused")
+    assert "loss" not in found
+    data = ("--eval-files", book, "--cache-dir", tmp_path / "cache", "--block-size", 16)
+    assert run(["evaluate", model, "--claims", "--json", "--cpu", *data]) == 0
+    assert {"loss", "claim_rank_residual"} <= set(json.loads(capsys.readouterr().out))
+
+
 def test_evaluate_reads_labels_as_the_model_numbers_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = tiny_bert_classifier().eval()

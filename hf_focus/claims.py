@@ -1,0 +1,208 @@
+"""What claims about attention are measured by, for any model: its spread, collapse of ranks, a hidden number found."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import FocusConfigError, FocusDataError, bad_value
+from .interface import global_name
+from .modeling import FocusMixin
+from .recording import record_focus
+
+# A weight above this counts as attended to
+ATTENDED = 1e-3
+# The text that numbers are hidden in (passkey retrieval, 2305.16300)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+DIGITS = 5
+
+
+def attention_spread(weights: Tensor, visible: Tensor | None = None) -> dict[str, Tensor]:
+    """How widely attention is spread, of each query.
+
+    Args:
+        weights: (..., S), which sum to 1.
+        visible: (...), how many keys the query may see; None: those with any weight.
+
+    Returns:
+        (...) each. entropy in nats; entropy_share: entropy / log n, 0 for a single key (1: dispersed, 0: one key);
+        effective_tokens: exp(entropy); attended: share of the n keys with a weight above 1e-3.
+    """
+    weights = weights.float()
+    count = (weights > 0).sum(-1) if visible is None else visible
+    entropy = -torch.special.xlogy(weights, weights).sum(-1)
+    return {
+        "entropy": entropy,
+        "entropy_share": torch.where(count > 1, entropy / count.clamp_min(2).float().log(), 0),
+        "effective_tokens": entropy.exp(),
+        "attended": (weights > ATTENDED).sum(-1) / count.clamp_min(1),
+    }
+
+
+def rank_residual(hidden: Tensor) -> Tensor:
+    """‖X − 1xᵀ‖ / ‖X‖ of each sequence, x the mean token: 0 where all tokens have become one (2103.03404).
+
+    Args:
+        hidden: (..., T, D).
+    """
+    hidden = hidden.float()
+    rest = hidden - hidden.mean(dim=-2, keepdim=True)
+    return rest.flatten(-2).norm(dim=-1) / hidden.flatten(-2).norm(dim=-1).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor], **inputs: Any) -> dict[str, float]:
+    """Spread of attention and collapse of ranks, means over layers, heads and tokens.
+
+    Needs the attention weights: the model runs with eager attention, T × T a head, for this. Of a model with FocusA
+    the spread is of the global branch; `local_…` is of the local one.
+
+    Args:
+        model: encoder or decoder; its mode and attention are restored.
+        sequences: token ids (1, T) without padding.
+        inputs: what else the model is called with.
+
+    Returns:
+        means of `attention_spread`; rank_residual of the last layer; rank_residual_ratio: to that of the first layer's
+        input. With FocusA: local_span, local_entropy, local_effective_tokens, local_coverage, local_iterations.
+
+    Raises:
+        FocusConfigError: the model gives no attention weights.
+        FocusDataError: there is no sequence.
+    """
+    sums: dict[str, float] = {}
+    count = 0
+    with _eager(model):
+        for ids in sequences:
+            for name, value in _measure_one(model, ids.to(model.device), inputs).items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+    if not count:
+        raise FocusDataError(bad_value("sequences", "none", "at least one text"))
+    return {name: value / count for name, value in sums.items()}
+
+
+def _measure_one(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) -> dict[str, float]:
+    options = {**inputs, "output_attentions": True, "output_hidden_states": True}
+    if isinstance(model, FocusMixin):
+        with record_focus(model) as records:
+            outputs = model(input_ids=ids, **options)
+        calls = [call for layer in records for call in records[layer]]
+    else:
+        outputs, calls = model(input_ids=ids, **options), []
+    attentions = [weights for weights in outputs.attentions or () if weights is not None]
+    if not attentions:
+        raise FocusConfigError(bad_value("model", type(model).__name__, "one whose eager attention gives weights"))
+    found: dict[str, list[Tensor]] = {}
+    for weights in attentions:
+        for name, values in attention_spread(weights).items():
+            found.setdefault(name, []).append(values.mean())
+    first, last = (rank_residual(outputs.hidden_states[layer]).mean() for layer in (0, -1))
+    found |= {"rank_residual": [last], "rank_residual_ratio": [last / first.clamp_min(1e-12)]}
+    for call in calls:
+        local = {
+            "span": call.span,
+            "entropy": call.entropy,
+            "effective_tokens": call.entropy.exp(),
+            "coverage": call.coverage,
+            "iterations": call.iterations,
+        }
+        for name, values in local.items():
+            found.setdefault(f"local_{name}", []).append(values.float().mean())
+    return {name: torch.stack(values).mean().item() for name, values in found.items()}
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    was_training, before = model.training, global_name(model.config._attn_implementation)
+    model.eval()
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+
+
+@torch.no_grad()
+def passkey_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    examples: int = 10,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Share of hidden numbers that a causal model gets right, every token of them, at some lengths of text.
+
+    The number stands at a random place in text that repeats itself; the right tokens before are given to it.
+
+    Args:
+        lengths: of the whole prompt, in tokens, about; those that are too short for a prompt are left out.
+        examples: numbers at each length.
+
+    Returns:
+        `passkey_<length>` -> share.
+    """
+    was_training, random, results = model.training, Random(seed), {}
+    model.eval()
+    device = next(model.parameters()).device
+    for length in lengths:
+        right, fits = 0, True
+        for _ in range(examples):
+            ids, start = _passkey_prompt(tokenizer, length, random)
+            fits = ids is not None
+            if not fits:
+                break
+            ids = ids.to(device)
+            predicted = model(input_ids=ids[:, :-1]).logits[0, start - 1 :].argmax(-1)
+            right += bool((predicted == ids[0, start:]).all())
+        if fits:
+            results[f"passkey_{length}"] = right / examples
+    model.train(was_training)
+    return results
+
+
+def _passkey_prompt(tokenizer: PreTrainedTokenizerBase, length: int, random: Random) -> tuple[Tensor | None, int]:
+    """Ids (1, about `length`) that end with the number, and where it begins; None if nothing fits."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    number = "".join(random.choice("0123456789") for _ in range(DIGITS))
+    hidden = encode(f"The pass key is {number}. Remember it. ")
+    question, answer = encode("What is the pass key? The pass key is"), encode(f" {number}")
+    filler = encode(FILLER)
+    room = length - len(hidden) - len(question) - len(answer)
+    if room < 0:
+        return None, 0
+    text = (filler * math.ceil(room / len(filler)))[:room]
+    place = random.randint(0, room)
+    before = text[:place] + hidden + text[place:] + question
+    return torch.tensor([before + answer]), len(before)
+
+
+def measure_claims(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_tokens: int = 512,
+    causal: bool = True,
+) -> dict[str, Any]:
+    """Everything of this module on some texts: `measure_attention`, and `passkey_accuracy` of a causal model at an
+    eighth, a half and all of `max_tokens`.
+
+    Args:
+        texts: of any length; their first `max_tokens` tokens are read.
+        causal: whether the model predicts the next token.
+    """
+    encoded = (tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt") for text in texts)
+    sequences = (item["input_ids"] for item in encoded if item["input_ids"].numel() > 1)
+    results: dict[str, Any] = measure_attention(model, sequences)
+    if causal:
+        results |= passkey_accuracy(model, tokenizer, [max_tokens // 8, max_tokens // 2, max_tokens])
+    return results

@@ -1,0 +1,97 @@
+"""The evidence as a command: flags, the run, the report."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from .evidence_groups import GROUPS, find_groups
+from .evidence_map import write_map
+from .evidence_plan import Group
+from .evidence_plots import plot_group
+from .evidence_report import counted, report
+from .evidence_run import read_rows, run_rows
+
+REPORT = "REPORT.md"
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None, folder: Path | None = None) -> int:
+    """Measure what is missing, then write the report.
+
+    Args:
+        folder: of the report, with the raw results in `results/`; `--output` wins over it.
+
+    Returns:
+        Rows that are still to be measured.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("groups", nargs="*", default=["all"], help=f"what to measure: all, quick, {', '.join(GROUPS)}")
+    add("--quick", action="store_true", help="the quick preset, under ten minutes on two cores")
+    add("--report", action="store_true", help="only write the report from the results that there are")
+    add("--map", action="store_true", help="only train a model on text and draw what FocusA does in it")
+    add("--variants", nargs="+", help="only these variants of the groups")
+    add("--seeds", type=int, help="seeds of every group; default: the group's own")
+    add("--minutes", type=float, help="begin no row after this time; start again to go on")
+    add("--device", help="default: cuda if there is one")
+    add("--threads", type=int, help="of torch; default: its own choice")
+    add("--output", type=Path, default=folder or Path("outputs/evidence"), help="folder of the report")
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    left = 0
+    if args.map:
+        print(write_map(args.output, device=device, progress=_say))
+        return left
+    if not args.report:
+        for group in find_groups(["quick"] if args.quick else args.groups):
+            left += run_group(group, args.output, device, args.variants, args.seeds, args.minutes)
+    write_report(args.output)
+    print(args.output / REPORT)
+    return left
+
+
+def run_group(
+    group: Group,
+    output: Path,
+    device: str,
+    variants: Sequence[str] | None = None,
+    seeds: int | None = None,
+    minutes: float | None = None,
+) -> int:
+    """Measure a group's missing rows: first those that choose learning rates, then those that count.
+
+    Returns:
+        Rows that are still to be measured.
+    """
+    path = output / "results" / group.file
+    limit = None if minutes is None else 60 * minutes
+    wanted = {"variant": set(variants or group.variants), "seeds": group.seeds if seeds is None else seeds}
+    tuning = [row for row in group.tuning_rows() if row.variant in wanted["variant"]]
+    left = run_rows(tuning, path, device, _say, limit) if tuning else 0
+    if left:
+        return left
+    rates = group.choose_rates(read_rows(path))
+    rows = [group.row(v, seed, rates[v]) for seed in range(wanted["seeds"]) for v in group.variants]
+    return run_rows([row for row in rows if row.variant in wanted["variant"]], path, device, _say, limit)
+
+
+def write_report(output: Path) -> None:
+    """The page and its pictures, from the files of results."""
+    output.mkdir(parents=True, exist_ok=True)
+    if find_spec("matplotlib") is None:
+        print("No pictures: they need matplotlib (pip install hf_focus[plots])", file=sys.stderr)
+    else:
+        for group in find_groups(["all", "quick"]):
+            found = counted(group, read_rows(output / "results" / group.file))
+            if any(found.values()):
+                plot_group(output / f"{group.name}.png", group, found)
+    (output / REPORT).write_text(report(output / "results"), encoding="utf-8")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,147 @@
+"""The tables of the evidence, claim by claim, and the presets. A new table is a new entry."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .errors import FocusConfigError, bad_value
+from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, STEPS, Group, Measure, accuracy_on
+
+DEPTHS = ("focus", "plain", "plain +1", "plain +2")
+BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
+# Where two sides are seen, or one number a key: what the local branch's parts add
+PARTS = ("focus", "plain", "hybrid", "log-n", "no refiner", "static span")
+SCREENED = (
+    "focus", "both, start 1", "read-out from both", "local start 1", "soft start", "eager start", "no refiner",
+    "long span", "fixed span", "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3",
+    "seed temperature", "fixed temperature", "last", "additive", "additive, last", "1 iteration", "2 iterations",
+    "10 iterations", "soft, both", "soft, both, start 1", "hybrid",
+)  # fmt: skip
+BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
+LONG_BITS = Measure(
+    "bits per byte, 4 times the length", ("results", "held out, 4 L", "bits_per_byte"), lower_is_better=True
+)
+F1 = Measure("F1, %", ("results", "train", "f1"), scale=100)
+BOUNDARIES = Measure("boundary errors a span", ("results", "train", "boundary_errors_per_span"), lower_is_better=True)
+HELD_OUT_F1 = Measure("F1 held out, %", ("results", "held out", "f1"), scale=100)
+HELD_OUT_BOUNDARIES = Measure(
+    "boundary errors a span, held out", ("results", "held out", "boundary_errors_per_span"), lower_is_better=True
+)
+TWO_LAYERS = {"layers": 2}
+TEXT_SIZES = {"layers": 2, "width": 128, "heads": 4}
+LONGER = tuple(accuracy_on(f"{times} L") for times in (2, 4, 8))
+
+
+def exact_on(test: str) -> Measure:
+    """Share of a test set's examples with every answer right."""
+    return Measure(f"{test}: all right, %", ("results", test, "exact"), scale=100)
+
+
+def entropy_on(test: str) -> Measure:
+    """Entropy of the global attention on a test set, as a share of log n."""
+    return Measure(f"entropy / log n, {test}", ("results", test, "spread", "entropy_share"), lower_is_better=True)
+
+
+def _k_step(name: str, largest: int, variants: tuple[str, ...], title: str, **changes: Any) -> Group:
+    by_k = tuple(accuracy_on("train", k) for k in range(1, largest + 1))
+    return Group(
+        name=name,
+        claim=4,
+        title=title,
+        task="k-step",
+        settings={"steps": largest},
+        variants=variants,
+        measures=(ACCURACY, STEPS, *by_k),
+        **{"batch": 128, "steps": 2500, "until_solved": True, **changes},
+    )
+
+
+def _tuned(name: str, claim: int, title: str, task: str, measures: tuple[Measure, ...], **changes: Any) -> Group:
+    """All baselines, two layers, learning rates from the grid."""
+    defaults = {"variants": BASELINES, "sizes": TWO_LAYERS, "rates": GRID, "steps": 2000}
+    return Group(name=name, claim=claim, title=title, task=task, measures=measures, **{**defaults, **changes})
+
+
+_NEEDLES = {
+    "needle": "a single needle, while the context grows 32 times",
+    "multi-key needles": "one of four needles",
+    "multi-value needles": "both numbers of a key, in order",
+    "multi-query needles": "the numbers of two keys",
+}
+_LENGTHS = tuple(exact_on(f"{times} L") for times in (2, 8, 32))
+
+GROUPS: dict[str, Group] = {
+    group.name: group
+    for group in (
+        _tuned("recall", 1, "Multi-query recall, trained at L = 64", "recall", (ACCURACY, STEPS, *LONGER,
+               accuracy_on("8 pairs"), accuracy_on("16 pairs"))),
+        _tuned("passkey", 1, "Passkey, trained at L = 128", "passkey",
+               (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8)))),
+        _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
+               (ACCURACY, *(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), *(entropy_on(str(n))
+               for n in (16, 256, 4096))), sizes={}),
+        *(
+            _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
+                   (EXACT, STEPS, *_LENGTHS), steps=3000)
+            for name, title in _NEEDLES.items()
+        ),
+        _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),
+               variants=PARTS, steps=3000),
+        _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
+               (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS, batch=16),
+        _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
+        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10, steps=5000),
+        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", steps=5000,
+                sizes=TWO_LAYERS),
+        _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus"),
+        _k_step("k-step-5-ablations", 5, SCREENED, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
+                steps=5000),
+        _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),
+        _tuned("dyck", 4, "Dyck-(4, 5)", "dyck",
+               (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
+        _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
+               (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), steps=4000),
+        _tuned("sparsity", 5, "Keys read for equal loss on real text, 512 tokens", "text", (BITS, KEYS, KEPT, FLOPS),
+               variants=("focus, near", "plain", "hybrid, near", "adaptive span", "focus"), settings={"length": 512},
+               sizes=TEXT_SIZES, batch=8),
+        _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
+               sizes=TEXT_SIZES, batch=16, variants=(*BASELINES, *PARTS[4:])),
+        _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
+               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, variants=("focus", "plain", "hybrid"),
+               equal_flops=True),
+        _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
+               " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, rates=(1e-3,),
+               variants=("focus", "plain", "hybrid", "no refiner"), pretrain=1000, steps=1000),
+    )
+}  # fmt: skip
+_SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 2, "batch": 32, "examples": 64}
+# Under ten minutes on two cores: whether everything works, and a first look; too short and too few seeds to decide
+QUICK: tuple[Group, ...] = tuple(
+    replace(GROUPS[name], name=f"quick-{name}", **{**_SMALL, **changes})
+    for name, changes in {
+        "recall": {"steps": 250},
+        "max-retrieval": {"steps": 250},
+        "entity-spans": {"steps": 100},
+        "k-step-3": {"steps": 600, "batch": 64},
+        "dyck": {"steps": 150},
+        "sparsity": {"steps": 20, "batch": 4, "variants": ("focus, near", "plain")},
+        "text": {"steps": 40, "batch": 8},
+    }.items()
+)
+
+
+def find_groups(names: Sequence[str]) -> Iterator[Group]:
+    """Groups by name; `"quick"` and `"all"` stand for several.
+
+    Raises:
+        FocusConfigError: there is none of this name.
+    """
+    for name in names:
+        if name == "quick":
+            yield from QUICK
+        elif name == "all":
+            yield from GROUPS.values()
+        elif name in GROUPS:
+            yield GROUPS[name]
+        else:
+            raise FocusConfigError(bad_value("groups", name, ", ".join(("all", "quick", *GROUPS))))

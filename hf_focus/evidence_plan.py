@@ -1,0 +1,155 @@
+"""What a table of the evidence is: variants compared on one task by some measures, and the rows that this takes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .evidence_cost import count_flops
+from .evidence_run import find_record
+from .evidence_tasks import find_task
+from .evidence_train import Row, model_inputs
+from .evidence_variants import Sizes, build
+
+# Learning rates are chosen on these seeds, which enter no figure
+TUNING_SEEDS = (100,)
+GRID = (1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared: a title, the place in a row's record, and which way is better.
+
+    where: keys into the record, such as ("results", "train", "accuracy"). A row that never got there ("steps to 99%")
+    counts as `missing`, the steps that were made at most.
+    """
+
+    title: str
+    where: tuple[str, ...]
+    lower_is_better: bool = False
+    scale: float = 1.0
+
+    def read(self, record: Mapping[str, Any]) -> float | None:
+        """The value in a row; None if the row does not have it."""
+        value: Any = record
+        for name in self.where:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is None:
+            return float(record["steps"]) if self.where == STEPS.where else None
+        return self.scale * value
+
+
+ACCURACY = Measure("accuracy, %", ("results", "train", "accuracy"), scale=100)
+EXACT = Measure("examples all right, %", ("results", "train", "exact"), scale=100)
+STEPS = Measure("steps to 99%", ("steps_to_solved",), lower_is_better=True)
+SECONDS = Measure("seconds", ("seconds",), lower_is_better=True)
+
+
+KEYS = Measure("keys read", ("cost", "keys_read"), lower_is_better=True)
+KEPT = Measure("keys kept", ("cost", "keys_kept"), lower_is_better=True)
+FLOPS = Measure("MFLOPs a token, forward", ("cost", "flops"), lower_is_better=True, scale=1e-6)
+
+
+def accuracy_on(test: str, group: int | None = None) -> Measure:
+    """Accuracy on a test set, or of one group of it."""
+    where = ("results", test, "accuracy") if group is None else ("results", test, "by_group", str(group))
+    return Measure(f"{test}{'' if group is None else f' {group}'}, %", where, scale=100)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that differ in variant, seed and learning rate only: one table of the report.
+
+    Args:
+        name: on the command line, and of its picture. Rows are kept by task: groups may share some.
+        claim: number of the claim.
+        title: of its table.
+        baseline: variant that the others are compared with.
+        rates: learning rates that every variant is tuned over; one: no tuning.
+        pretrain: steps that the plain model makes before it is patched.
+        examples: of each test set.
+        equal_flops: every variant makes as many steps as `steps` of the baseline cost; else equal steps.
+    """
+
+    name: str
+    claim: int
+    title: str
+    task: str
+    variants: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    baseline: str = "plain"
+    rates: tuple[float, ...] = (3e-3,)
+    seeds: int = 5
+    steps: int = 2000
+    batch: int = 64
+    until_solved: bool = False
+    pretrain: int = 0
+    equal_flops: bool = False
+    examples: int = 1024
+
+    def row(self, variant: str, seed: int, lr: float) -> Row:
+        return Row(
+            self.task,
+            variant,
+            self.settings,
+            self.sizes,
+            seed,
+            lr,
+            self.steps_of(variant),
+            self.batch,
+            self.pretrain,
+            self.until_solved,
+            self.examples,
+        )
+
+    def steps_of(self, variant: str) -> int:
+        """Steps that a variant makes: with `equal_flops` as many as cost what the baseline's cost."""
+        if not self.equal_flops or variant == self.baseline:
+            return self.steps
+        changes, sizes = tuple(self.settings.items()), Sizes(**self.sizes)
+        ours, baseline = (_flops(self.task, changes, sizes, name) for name in (variant, self.baseline))
+        return round(self.steps * baseline / ours)
+
+    def tuning_rows(self) -> list[Row]:
+        """The rows that learning rates are chosen by; none where there is nothing to choose."""
+        if len(self.rates) == 1:
+            return []
+        return [self.row(v, seed, lr) for seed in TUNING_SEEDS for v in self.variants for lr in self.rates]
+
+    def rows(self, rates: Mapping[str, float]) -> list[Row]:
+        """The rows that count, seed by seed, so that a stopped run has every variant equally often."""
+        return [self.row(v, seed, rates[v]) for seed in range(self.seeds) for v in self.variants]
+
+    @property
+    def file(self) -> str:
+        """Of its rows, in the folder of results."""
+        return f"{self.task.replace(' ', '-')}.jsonl"
+
+    def choose_rates(self, finished: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Variant -> learning rate: the one with the best mean of the first measure on the tuning seeds; the first one
+        while there are none of them. Of equals the first."""
+        measure, chosen = self.measures[0], {}
+        tuning = [record for row in self.tuning_rows() if (record := find_record(row, finished)) is not None]
+        for variant in self.variants:
+            scores: dict[float, list[float]] = {}
+            for record in tuning:
+                value = measure.read(record)
+                if record["variant"] == variant and value is not None:
+                    scores.setdefault(record["lr"], []).append(-value if measure.lower_is_better else value)
+            means = {lr: sum(values) / len(values) for lr, values in scores.items() if lr in self.rates}
+            chosen[variant] = max(self.rates, key=lambda lr: means.get(lr, -math.inf))
+        return chosen
+
+
+@lru_cache
+def _flops(task_name: str, changes: tuple[tuple[str, Any], ...], sizes: Sizes, variant: str) -> float:
+    """Of a new model of a variant, a token."""
+    task = find_task(task_name)
+    settings = task.with_settings(dict(changes))
+    batch = task.batch(1, torch.Generator().manual_seed(0), settings)
+    return count_flops(build(task, settings, variant, sizes, 0), **model_inputs(batch, task))

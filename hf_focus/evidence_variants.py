@@ -1,0 +1,222 @@
+"""What the evidence compares: a table of models, all with the same number of parameters, and how each is built."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from .configuration import FocusConfig
+from .errors import FocusConfigError, bad_value
+from .evidence_attention import install
+from .evidence_types import Task
+from .patching import apply_focus
+
+# How far the parameters of two models of a row may differ
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A declaration of a model.
+
+    Args:
+        title: for the report.
+        focus: settings of FocusA; None: a model without it.
+        attention: a name in `evidence_attention.ATTENTIONS`, for a model without FocusA.
+        more_layers: besides those of the row.
+        matched: parameters as many as those of `REFERENCE` (the MLP is widened or narrowed). A deeper baseline is
+            not: it may have more.
+        frozen: ends of names of parameters that keep their start.
+        near: how far the global branch looks, as a share of the length of the training examples; None: everywhere.
+        focus_rate: learning rate of FocusA's parameters, as a multiple of the row's.
+    """
+
+    title: str
+    focus: Mapping[str, Any] | None = None
+    attention: str | None = None
+    more_layers: int = 0
+    matched: bool = True
+    frozen: tuple[str, ...] = ()
+    near: float | None = None
+    focus_rate: float = 1.0
+
+
+REFERENCE = "focus"
+_STATIC = ("focus.predictor.weight",)
+_FIXED = ("focus.predictor.weight", "focus.predictor.bias")
+
+VARIANTS: dict[str, Variant] = {
+    "focus": Variant("FocusA, default settings", {}),
+    # Baselines
+    "plain": Variant("full attention"),
+    "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
+    "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
+    "hybrid": Variant("sliding window + full, no iteration, no refiner", {"max_iterations": 1, "refiner": False}),
+    "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
+    "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
+    "focus, near": Variant("FocusA, global branch within an eighth", {"max_span": 32}, near=1 / 8),
+    "hybrid, near": Variant(
+        "sliding windows alone", {"max_span": 32, "max_iterations": 1, "refiner": False}, near=1 / 8
+    ),
+    # Ablations
+    "1 iteration": Variant("1 iteration", {"max_iterations": 1}),
+    "2 iterations": Variant("2 iterations", {"max_iterations": 2}),
+    "4 iterations": Variant("4 iterations", {"max_iterations": 4}),
+    "10 iterations": Variant("10 iterations", {"max_iterations": 10}),
+    "additive": Variant("additive feedback", {"feedback": "additive"}),
+    "additive, last": Variant(
+        "additive feedback, read-out last (the seed)", {"feedback": "additive", "readout": "last"}
+    ),
+    "last": Variant("read-out last", {"readout": "last"}),
+    "no refiner": Variant("no refiner", {"refiner": False}),
+    "static span": Variant("no predictor: static learned span a head", {"refiner": False}, frozen=_STATIC),
+    "fixed span": Variant("no predictor: fixed longest span", {"refiner": False, "initial_span": 0.99}, frozen=_FIXED),
+    "seed temperature": Variant("temperature of the seed", {"temperature": "seed"}),
+    "fixed temperature": Variant("temperature fixed at 1", {"temperature": "seed", "temp_scale": 0.0}),
+    # What may make it reliable
+    "anchored": Variant("anchored feedback", {"anchored": True}),
+    "bias 2": Variant("mixture starts on the first iterate", {"readout_bias": 2.0}),
+    "relative stop": Variant("relative stop rule", {"stop": "relative"}),
+    "no stop": Variant("never stops early", {"base_threshold": 0.0, "threshold_scale": 0.0}),
+    "focus rate 3": Variant("learning rate of FocusA × 3", {}, focus_rate=3.0),
+    "read-out from both": Variant("read-out from query and global output", {"readout_from": "both"}),
+    "local start 1": Variant("local output at full weight from the start", {"local_start": 1.0}),
+    "soft start": Variant("next queries start at 0.3 of the size", {"gain_start": 0.3}),
+    "eager start": Variant("next queries start as 0.9 of what is fed back", {"mix_start": 0.9}),
+    "both, start 1": Variant(
+        "read-out from both, local start 1, long span, no refiner",
+        {"readout_from": "both", "local_start": 1.0, "initial_span": 0.99, "refiner": False},
+    ),
+    "soft, both": Variant(
+        "soft start, read-out from both, long span, no refiner",
+        {"gain_start": 0.3, "readout_from": "both", "initial_span": 0.99, "refiner": False},
+    ),
+    "soft, both, start 1": Variant(
+        "soft start, read-out from both, local start 1, long span, no refiner",
+        {
+            "gain_start": 0.3,
+            "readout_from": "both",
+            "local_start": 1.0,
+            "initial_span": 0.99,
+            "refiner": False,
+        },
+    ),
+    "long span": Variant("spans start at the longest", {"initial_span": 0.99}),
+}
+
+
+def find_variant(name: str) -> Variant:
+    """A variant by name.
+
+    Raises:
+        FocusConfigError: there is none of this name.
+    """
+    if name not in VARIANTS:
+        raise FocusConfigError(bad_value("variant", name, ", ".join(VARIANTS)))
+    return VARIANTS[name]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: layers, features of a token, heads."""
+
+    layers: int = 1
+    width: int = 64
+    heads: int = 2
+
+
+def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) -> dict[str, Any] | None:
+    """Every setting of FocusA that a variant has on a task; None without FocusA."""
+    if variant.focus is None:
+        return None
+    near = {} if variant.near is None else {"max_dist": max(1, round(variant.near * task.length(**settings)))}
+    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus}).to_dict()
+
+
+def build(
+    task: Task, settings: Mapping[str, Any], name: str, sizes: Sizes, seed: int, matched: bool = True
+) -> PreTrainedModel:
+    """A new model in training mode; the same for the same seed.
+
+    Args:
+        settings: of the task's training examples, all of them.
+        name: in `VARIANTS`.
+        matched: False leaves the MLP as it is, whatever the variant says.
+    """
+    variant = find_variant(name)
+    inner = 2 * sizes.width
+    if matched and variant.matched and name != REFERENCE:
+        wanted = count(_make(task, settings, VARIANTS[REFERENCE], sizes, inner))
+        inner = _matching_inner(task, settings, variant, sizes, inner, wanted)
+    torch.manual_seed(seed)
+    model = _make(task, settings, variant, sizes, inner)
+    _freeze(model, variant)
+    return model.train()
+
+
+def patch(model: PreTrainedModel, task: Task, settings: Mapping[str, Any], name: str) -> None:
+    """Make a trained plain model the variant `name`, which is the plain one or one with FocusA.
+
+    Raises:
+        FocusConfigError: a variant of another kind.
+    """
+    variant = find_variant(name)
+    focus = focus_settings(task, settings, variant)
+    if focus is not None:
+        apply_focus(model, focus)
+        _freeze(model, variant)
+    elif variant.attention or variant.more_layers:
+        raise FocusConfigError(bad_value("variant", name, "plain, or one that a model can be patched to"))
+
+
+def _freeze(model: nn.Module, variant: Variant) -> None:
+    for path, parameter in model.named_parameters():
+        if path.endswith(variant.frozen):
+            parameter.requires_grad_(False)
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _matching_inner(
+    task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Sizes, inner: int, wanted: int
+) -> int:
+    """Width of the MLP at which the variant has `wanted` parameters, ± `TOLERANCE`: the count is linear in it."""
+    here, wider = (count(_make(task, settings, variant, sizes, width)) for width in (inner, inner + 1))
+    inner = max(1, inner + round((wanted - here) / (wider - here)))
+    found = count(_make(task, settings, variant, sizes, inner))
+    if abs(found - wanted) > TOLERANCE * wanted:
+        raise FocusConfigError(bad_value("variant", variant.title, f"one that {wanted} parameters are enough for"))
+    return inner
+
+
+def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Sizes, inner: int) -> PreTrainedModel:
+    longest = max(task.length(**{**settings, **test}) for test in ({}, *task.tests.values()))
+    common = {
+        "vocab_size": task.vocabulary(**settings),
+        "hidden_size": sizes.width,
+        "intermediate_size": inner,
+        "num_hidden_layers": sizes.layers + variant.more_layers,
+        "num_attention_heads": sizes.heads,
+        # 0.02 is for wide models: here it would leave attention flat, and every model long on a plateau
+        "initializer_range": sizes.width**-0.5,
+        # Rotary positions cost no parameters; learned ones do
+        "max_position_embeddings": max(longest, 16),
+    }
+    if task.encoder:
+        model: PreTrainedModel = BertForTokenClassification(
+            BertConfig(**common, num_labels=task.settings["num_labels"], hidden_dropout_prob=0.0)
+        )
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
+    focus = focus_settings(task, settings, variant)
+    if focus is not None:
+        apply_focus(model, focus)
+    elif variant.attention is not None:
+        install(model, variant.attention, 2 ** math.ceil(math.log2(task.length(**settings))))
+    return model

@@ -1,0 +1,19 @@
+"""Evidence for what FocusA claims: small models with and without it, on tasks that test each claim.
+
+    python scripts/evidence.py --quick                   # a little of everything, under ten minutes on two cores
+    python scripts/evidence.py                           # all rows (days on two cores); stop and start again at will
+    python scripts/evidence.py k-step-3 --minutes 60     # one table, for an hour
+    python scripts/evidence.py --map                     # pictures of spans, attention and refiner, on real text
+    python scripts/evidence.py --report                  # only the report, from the results that are there
+
+Results go to scripts/evidence/results, one JSON object a row, the page to scripts/evidence/REPORT.md.
+"""
+
+import sys
+from pathlib import Path
+
+from hf_focus.evidence_cli import main
+
+if __name__ == "__main__":
+    main(description=__doc__, folder=Path(__file__).parent / "evidence")
+    sys.exit(0)

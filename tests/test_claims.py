@@ -1,0 +1,91 @@
+"""Measures of the claims: against values known by hand, and on models."""
+
+import math
+
+import pytest
+import torch
+from small_runs import byte_tokenizer, tiny_bert_classifier, tiny_llama
+from tiny import randomize
+
+from hf_focus import apply_focus
+from hf_focus.claims import attention_spread, measure_attention, measure_claims, passkey_accuracy, rank_residual
+from hf_focus.errors import FocusDataError
+
+IDS = torch.arange(10, 40)[None]
+
+
+def test_spread_by_hand() -> None:
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    found = attention_spread(weights)
+    torch.testing.assert_close(found["entropy"], torch.tensor([math.log(4), 0.0, math.log(2)]))
+    torch.testing.assert_close(found["entropy_share"], torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(found["effective_tokens"], torch.tensor([4.0, 1.0, 2.0]))
+    torch.testing.assert_close(found["attended"], torch.tensor([1.0, 1.0, 1.0]))
+    among_four = attention_spread(weights, torch.tensor([4, 4, 4]))
+    torch.testing.assert_close(among_four["entropy_share"], torch.tensor([1.0, 0.0, 0.5]))
+    torch.testing.assert_close(among_four["attended"], torch.tensor([1.0, 0.25, 0.5]))
+
+
+def test_ranks_collapse_where_tokens_are_equal() -> None:
+    assert rank_residual(torch.ones(2, 5, 3)).tolist() == [0, 0]
+    around_zero = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
+    assert rank_residual(around_zero).item() == 1
+    assert rank_residual(around_zero + torch.tensor([1.0, 0.0])).item() == pytest.approx(math.sqrt(2) / 2)
+
+
+@pytest.mark.parametrize("focus", [False, True])
+def test_measuring_attention_leaves_the_model_as_it_was(focus: bool) -> None:
+    model = tiny_llama().train()
+    if focus:
+        randomize(apply_focus(model, max_span=8, ramp=3))
+    before = model.config._attn_implementation
+    found = measure_attention(model, [IDS, IDS[:, :20]])
+    assert (model.config._attn_implementation, model.training) == (before, True)
+    assert 0 < found["entropy_share"] <= 1
+    assert found["effective_tokens"] >= 1
+    assert ("local_span" in found) == focus
+    with pytest.raises(FocusDataError, match="sequences"):
+        measure_attention(model, [])
+
+
+def test_spread_is_that_of_the_models_own_weights() -> None:
+    model = tiny_llama().eval()
+    found = measure_attention(model, [IDS])
+    model.set_attn_implementation("eager")
+    weights = torch.stack(model(IDS, output_attentions=True).attentions)
+    seen = torch.arange(1, IDS.shape[1] + 1)
+    assert found["attended"] == pytest.approx(((weights > 1e-3).sum(-1) / seen).mean().item(), rel=1e-5)
+
+
+def test_encoders_are_measured_too() -> None:
+    assert measure_attention(tiny_bert_classifier(), [IDS])["entropy_share"] > 0
+
+
+def test_a_hidden_number_is_found_by_a_model_that_copies_it() -> None:
+    tokenizer = byte_tokenizer()
+
+    class Copies(torch.nn.Module):
+        """Predicts what followed the last time the same eight tokens came, as an induction head does."""
+
+        def __init__(self, right: bool) -> None:
+            super().__init__()
+            self.right, self.weight = right, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids: torch.Tensor) -> object:
+            ids = input_ids[0].tolist()
+            logits = torch.zeros(1, len(ids), 512)
+            for place in range(8, len(ids)):
+                tail = ids[place - 7 : place + 1]
+                found = [i for i in range(7, place) if ids[i - 7 : i + 1] == tail]
+                if found:
+                    logits[0, place, ids[found[-1] + 1] if self.right else 0] = 1
+            return type("Out", (), {"logits": logits})
+
+    assert passkey_accuracy(Copies(True), tokenizer, [16, 200], examples=3) == {"passkey_200": 1.0}
+    assert passkey_accuracy(Copies(False), tokenizer, [200], examples=3) == {"passkey_200": 0.0}
+
+
+def test_all_of_them_on_text() -> None:
+    found = measure_claims(tiny_llama(), byte_tokenizer(), ["A short text.", "Another one."], max_tokens=32)
+    assert found["rank_residual"] > 0
+    assert not any(name.startswith("passkey") for name in found)
