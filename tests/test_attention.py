@@ -464,6 +464,12 @@ def test_a_span_in_half_precision_cuts_nothing_off(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, focus_attention(query, key, value, **arguments, backend="reference").coverage)
 
 
+def test_integers_are_no_mask() -> None:
+    query = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(FocusConfigError, match=r"`attention_mask` got torch.int64; accepted: torch.bool"):
+        focus_attention(query, query, query, torch.zeros(1, 2, 5), attention_mask=torch.zeros(1, 1, 5, 5).long())
+
+
 @both_backends
 @pytest.mark.parametrize("batch_or_length", ["batch", "length"])
 def test_nothing_gives_nothing(backend: str, batch_or_length: str) -> None:
@@ -662,7 +668,6 @@ def test_statistics_only_when_asked(backend: str) -> None:
         ("mix", torch.zeros(3)),
         ("gain", torch.zeros(4, 1)),
         ("attention_mask", torch.zeros(1, 1, 4, 5)),
-        ("attention_mask", torch.zeros(1, 1, 5, 5, dtype=torch.long)),
         ("position_bias", torch.zeros(4, 5, 5)),
         ("feedback", "sum"),
         ("stop", "never"),

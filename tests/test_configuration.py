@@ -36,10 +36,10 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "temp_scale": NON_NEGATIVE,
     "feedback": (["normalized", "additive"], ["none", "", None, 1, True]),
     "anchored": FLAG,
-    "readout": (["mixture", "last"], ["first", "", None, 1, True]),
-    "readout_bias": ([-3, 0, 2.5], ["1", None, True, float("nan"), float("inf")]),
     "mix_start": ([0.1, 0.9], [0, 1, "0.5", None, True, float("nan")]),
     "gain_start": ([0.1, 1, 3], [0, -1, "1", None, True, float("inf")]),
+    "readout": (["mixture", "last"], ["first", "", None, 1, True]),
+    "readout_bias": ([-3, 0, 2.5], ["1", None, True, float("nan"), float("inf")]),
     "readout_from": (["query", "both"], ["global", None, True]),
     "local_start": ([0, 1, 0.5], ["1", None, True, float("nan")]),
     "combine": (["per_head", "projection"], ["sum", "", None, 1, True]),
@@ -54,7 +54,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "entropy_weight": NON_NEGATIVE,
     "coverage_threshold": FRACTION,
     "global_attn_implementation": ([None, "sdpa", "eager"], ["focus", "", 1, True]),
-    "backend": (["auto", "reference", "blocked"], ["fast", "", None, 1, True]),
+    "backend": (["auto", "reference", "blocked", "triton"], ["fast", "", None, 1, True]),
 }
 ACCEPTED = [(name, value) for name, (accepted, _) in VALUES.items() for value in accepted]
 REJECTED = [(name, value) for name, (_, rejected) in VALUES.items() for value in rejected]
