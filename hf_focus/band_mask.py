@@ -69,10 +69,10 @@ class BandMask:
         """Position among the keys of the first query."""
         return self.first_query - self.key_offset
 
-    def read(self, rows: slice, columns: slice) -> Tensor:
-        """What the queries `rows` may see of the keys `columns`: (B or 1, 1, rows, columns) bool."""
+    def read(self, rows: slice, columns: slice, batch: slice = slice(None)) -> Tensor:
+        """What the queries `rows` may see of the keys `columns`: (B or 1, 1, rows, columns) bool, of `batch`."""
         queries, keys = self._queries(rows), self._keys(columns)
-        visible = self._see(queries, keys)
+        visible = self._see(queries, keys, batch)
         return visible.expand(torch.broadcast_shapes(visible.shape, (1, 1, queries.shape[2], keys.shape[3])))
 
     def read_own(self) -> Tensor:
@@ -183,10 +183,10 @@ class BandMask:
         positions = torch.arange(*columns.indices(self.shape[3]), device=self.device) + self.key_offset
         return positions[None, None, None]
 
-    def _see(self, queries: Tensor, keys: Tensor) -> Tensor:
-        batch = torch.arange(self.shape[0], device=self.device)[:, None, None, None]
-        visible = self.function(batch, torch.zeros_like(batch[:1]), queries, keys)
-        return visible if self.padding is None else visible & self.padding[batch, keys]
+    def _see(self, queries: Tensor, keys: Tensor, batch: slice = slice(None)) -> Tensor:
+        entries = torch.arange(*batch.indices(self.shape[0]), device=self.device)[:, None, None, None]
+        visible = self.function(entries, torch.zeros_like(entries[:1]), queries, keys)
+        return visible if self.padding is None else visible & self.padding[entries, keys]
 
     def _is_sink(self, count: int, keys: Tensor) -> Tensor:
         """Of keys (1, 1, 1, n) by position in the sequence: (B or 1, 1, 1, n)."""

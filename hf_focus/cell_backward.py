@@ -106,9 +106,6 @@ class _FeedbackGradient:
     def __init__(self, c: CellTensors, trace: Trace, sums: dict[str, Tensor]) -> None:
         self.c, self.trace, self.sums = c, trace, sums
         self.normalized = c.p.feedback == "normalized"
-        if c.p.max_iterations > 1:
-            self.first = c.first() if self.normalized else Scaled(c.query, None)
-            self.size = c.size() if self.normalized else None
         self.grad_first: Tensor | None = None
         self.grad_direction: Tensor | None = None
         self.grad_fold = self.grad_size = 0
@@ -117,13 +114,13 @@ class _FeedbackGradient:
         """Gradient of the rows after `step` -> gradient of the output of `step`, (B, H, T, Dv)."""
         c, fed = self.c, self.trace.fed[step]
         from_first = c.p.anchored or step == 0
-        base = self.first if from_first else self.trace.fed[step - 1].direction
+        base = c.first if from_first else self.trace.fed[step - 1].direction
         vector = fed.direction.vector
         along = c.dot(grad_rows, vector)
         if self.normalized:
             inverse = fed.direction.inverse_size
             self.grad_size = self.grad_size + along * inverse
-            grad_vector = grad_rows * (self.size * c.gain * c.fold)
+            grad_vector = grad_rows * (c.size * c.gain * c.fold)
             if self.grad_direction is not None:
                 grad_vector.add_(self.grad_direction)
             grad_vector = _unit_gradient(grad_vector, fed.direction, c.dot(grad_vector, vector))
@@ -162,11 +159,11 @@ class _FeedbackGradient:
         grad_fold = c.dot(grad_rows, c.query) + self.grad_fold
         grad_query = grad_rows * c.fold
         if self.normalized and self.grad_first is not None:
-            grad_fold = grad_fold + self.grad_size * self.size * c.gain
+            grad_fold = grad_fold + self.grad_size * c.size * c.gain
             if "gain" in sums:
-                sums["gain"].add_((self.grad_size * self.size * c.fold).sum((0, 2, 3)))
-            grad_query.add_(_unit_gradient(self.grad_first, self.first, c.dot(self.grad_first, c.query)))
-            slope = self.grad_size * c.gain * c.fold / self.size / c.query.shape[-1]
+                sums["gain"].add_((self.grad_size * c.size * c.fold).sum((0, 2, 3)))
+            grad_query.add_(_unit_gradient(self.grad_first, c.first, c.dot(self.grad_first, c.query)))
+            slope = self.grad_size * c.gain * c.fold / c.size / c.query.shape[-1]
             grad_query.addcmul_(c.query, slope)
         elif self.grad_first is not None:
             grad_query.add_(self.grad_first)

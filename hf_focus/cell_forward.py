@@ -1,6 +1,7 @@
 """All iterations of focus over one cell, forward."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,14 @@ from .iteration import has_converged
 from .problem import FocusOutput, FocusProblem
 
 
-def inverse_size(x: Tensor, epsilon: Tensor) -> Tensor:
-    """(..., D) -> (..., 1): what `iteration.unit` multiplies by."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+def row_norm(x: Tensor) -> Tensor:
+    """(..., D) -> (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def inverse_size(x: Tensor, epsilon: Tensor, norm: Tensor | None = None) -> Tensor:
+    """(..., D) -> (..., 1): what `iteration.unit` multiplies by; `norm` of the rows, where it is known."""
+    norm = row_norm(x) if norm is None else norm
     return torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
@@ -90,14 +96,20 @@ class CellTensors:
             torch.bmm(output.flatten(0, 1), self.matrix, out=buffer.flatten(0, 1))
         return buffer
 
-    def first(self) -> "Scaled":
-        """The first query as a direction."""
-        return Scaled(self.query, inverse_size(self.query, self.shared.epsilon))
+    @cached_property
+    def first(self) -> Scaled:
+        """The first query, as a direction where the feedback is one of directions."""
+        normalized = self.p.feedback == "normalized"
+        return Scaled(self.query, inverse_size(self.query, self.shared.epsilon, self._norm) if normalized else None)
 
+    @cached_property
     def size(self) -> Tensor:
         """Root mean square of the first query, (B, H, T, 1)."""
-        norm = torch.linalg.vector_norm(self.query, dim=-1, keepdim=True)
-        return norm.square_().div_(self.query.shape[-1]).add_(torch.finfo(norm.dtype).tiny).sqrt_()
+        return self._norm.square().div_(self.query.shape[-1]).add_(torch.finfo(self._norm.dtype).tiny).sqrt_()
+
+    @cached_property
+    def _norm(self) -> Tensor:
+        return row_norm(self.query)
 
     def _flat(self, name: str, x: Tensor) -> Tensor:
         """(B, Hkv, S, D) -> (B·Hkv, S, D) in the compute dtype; a view where that is one."""
@@ -214,9 +226,9 @@ class _Feedback:
         self.normalized = c.p.feedback == "normalized"
         if c.p.max_iterations == 1:
             return
-        self.base = c.first() if self.normalized else Scaled(c.query, None)
+        self.base = c.first
         if self.normalized:
-            self.size = c.size() * c.gain * c.fold
+            self.size = c.size * c.gain * c.fold
 
     def __call__(self, output: Tensor, step: int) -> Tensor:
         c, shape = self.c, self.c.query.shape

@@ -36,8 +36,7 @@ class Cell:
         if tensor is None or name in ("feedback_matrix", "mix", "gain"):
             return tensor
         if name in ("attention_mask", "position_bias"):
-            tensor = read_mask(tensor, self.queries, self.keys)
-            return tensor[self.rows] if tensor.shape[0] > 1 else tensor
+            return read_mask(tensor, self.queries, self.keys, self.rows)
         return tensor[self.rows, :, self.keys if name in ("key", "value") else self.queries]
 
     def cut(self, problem: FocusProblem) -> FocusProblem:

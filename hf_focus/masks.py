@@ -14,10 +14,11 @@ def is_visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
-def read_mask(mask: Tensor | BandMask, rows: slice, columns: slice) -> Tensor:
+def read_mask(mask: Tensor | BandMask, rows: slice, columns: slice, batch: slice = slice(None)) -> Tensor:
     """A part of an attention mask (B, 1 or H, T or 1, S or 1): a view of a tensor, or a `BandMask` evaluated there."""
     if not isinstance(mask, Tensor):
-        return mask.read(rows, columns)
+        return mask.read(rows, columns, batch)
+    mask = mask[batch] if mask.shape[0] > 1 else mask
     return mask[:, :, rows if mask.shape[2] > 1 else slice(None), columns if mask.shape[3] > 1 else slice(None)]
 
 

@@ -85,31 +85,29 @@ class Route(TorchFunctionMode):
         if scores.shape[-2:] != self.product[2].shape[-2:]:
             return func(scores, *rest, **kwargs)
         self.scores = scores
-        config = self.branch.config
-        if config.max_dist is not None:
-            length, num_keys = scores.shape[-2:]
+        if self.branch.config.max_dist is not None:
             mask = scores if scores.ndim == 4 else scores.unflatten(0, (-1, self.branch.num_heads))
-            offset = find_query_offset(is_visible(mask), length, num_keys, self.branch.route.is_causal)
-            mask = limit_distance(
-                mask, length, num_keys, offset, self.branch.route.is_causal, config.max_dist, config.sink_tokens,
-                mask.dtype, mask.device,
-            )  # fmt: skip
-            scores = mask.reshape(scores.shape)
+            scores = self._limited(mask, *scores.shape[-2:], mask.dtype, mask.device).reshape(scores.shape)
         return func(scores, *rest, **kwargs)
+
+    def _limited(
+        self, mask: Tensor | None, length: int, num_keys: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """`limit_distance` by the settings of the branch."""
+        config, is_causal = self.branch.config, self.branch.route.is_causal
+        offset = find_query_offset(mask, length, num_keys, is_causal)
+        return limit_distance(
+            mask, length, num_keys, offset, is_causal, config.max_dist, config.sink_tokens, dtype, device
+        )
 
     def _fused(
         self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         self.done = True
-        mask, config = attn_mask, self.branch.config
-        length, num_keys = query.shape[2], key.shape[2]
-        is_causal = self.branch.route.is_causal
-        if config.max_dist is not None:
-            offset = find_query_offset(attn_mask, length, num_keys, is_causal)
+        mask = attn_mask
+        if self.branch.config.max_dist is not None:
             dtype = torch.bool if attn_mask is None else attn_mask.dtype
-            mask = limit_distance(
-                attn_mask, length, num_keys, offset, is_causal, config.max_dist, config.sink_tokens, dtype, key.device
-            )
+            mask = self._limited(attn_mask, query.shape[2], key.shape[2], dtype, key.device)
             kwargs["is_causal"] = False
         output = func(query, key, value, attn_mask=mask, **kwargs)
         return self._focus(query, key, value, output, attn_mask, None, kwargs.get("scale"))
