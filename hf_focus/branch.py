@@ -147,6 +147,8 @@ class FocusBranch(nn.Module):
         # With a frozen predictor, as in LoRA training of the base, the table stays too: it would not be saved
         learning = self.refiner is not None and self.training and self.predictor.weight.requires_grad
         if self.refiner is not None:
+            if learning:
+                self.refiner.begin(self.predictor.weight)
             with torch.no_grad():
                 own_kv = (x[:, :, query_offset : query_offset + length] for x in (key, value))
                 own = _own_statistics(query, *own_kv, query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -40,9 +40,16 @@ def is_observed() -> bool:
     return not torch.compiler.is_compiling() and bool(_OBSERVERS.get())
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running, as when gradient checkpointing calls a layer again. False in a compiled
+    graph, which recomputes by other means."""
+    # What torch.utils.checkpoint itself asks
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def notify(branch: nn.Module, record: FocusRecord) -> None:
     # Gradient checkpointing calls a layer again inside the backward pass; that is the same call
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return
     for observer in _OBSERVERS.get():
         observer(branch, record)

@@ -9,6 +9,7 @@ from torch.distributed import all_reduce, is_available, is_initialized
 from transformers import initialization as init
 
 from .errors import FocusConfigError, bad_value
+from .observers import in_backward
 
 NUM_FEATURES = 4
 NUM_BINS = 10
@@ -21,12 +22,15 @@ LEAST_MOMENTUM = 0.01
 class Refiner(nn.Module):
     """Q-learning over 10 bins of 4 statistics (10⁴ states) and A span corrections.
 
-    The forward pass only reads; the table moves once a backward pass (`learn`), so that recomputation under gradient
-    checkpointing sees the table that the forward saw. With several processes every one must make the same number of
-    backward passes, as under DDP, because each ends in a sum over all of them.
+    The table moves once an optimizer step, of however many backward passes and processes: each backward pass (`learn`)
+    adds its sums, over all processes, to `pending`, and the first forward pass of the next step (`begin`) takes them
+    in. So all forward passes of a step, and their recomputation under gradient checkpointing, see the same table.
+    `eval()` and `state_dict()` take them in too: nothing is pending in a model that is used or saved. Every process
+    must make the same number of backward passes, as under DDP.
 
-    Buffers, saved with the model and always in float32: `table` (states, actions), `mean` and `variance` (4,) of the
-    statistics; and `num_updates` (1,), int64.
+    Buffers, always in float32: `table` (states, actions), `mean` and `variance` (4,) of the statistics, and
+    `num_updates` (1,), int64, are saved with the model; `pending` (2 · states · actions + 9,) and `fingerprint` (1,)
+    are not.
 
     Args:
         states: rows of the table; 10 ** 4 for four statistics in ten bins.
@@ -55,11 +59,15 @@ class Refiner(nn.Module):
         self.register_buffer("mean", torch.empty(NUM_FEATURES, dtype=torch.float32))
         self.register_buffer("variance", torch.empty(NUM_FEATURES, dtype=torch.float32))
         self.register_buffer("num_updates", torch.empty(1, dtype=torch.long))
+        # Errors and counts of all pairs; sums, sums of squares and number of the statistics
+        size = 2 * states * actions + 2 * NUM_FEATURES + 1
+        self.register_buffer("pending", torch.empty(size, dtype=torch.float32), persistent=False)
+        self.register_buffer("fingerprint", torch.empty(1, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for buffer, value in ((self.table, 0), (self.mean, 0), (self.variance, 1), (self.num_updates, 0)):
-            init.constant_(buffer, value)
+        for name, buffer in self.named_buffers():
+            init.constant_(buffer, 1 if name == "variance" else 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Refiner":
         # `model.to(bfloat16)` would round every small step of the table away: follow the device, not the dtype
@@ -93,6 +101,40 @@ class Refiner(nn.Module):
         return action.float() / (self.table.shape[1] - 1)
 
     @torch.no_grad()
+    def begin(self, weight: nn.Parameter) -> None:
+        """To call before a training forward pass reads: takes in what the last optimizer step left, if that is over.
+
+        It is over when `weight` has no gradient (any more), or when its values have changed, which tells steps apart
+        where gradients are zeroed in place or after the forward pass. Where they never exist, as in sharded training,
+        each backward pass is a step. Nothing is read on the host.
+
+        Args:
+            weight: a trained parameter whose gradient every backward pass through `learn` reaches.
+        """
+        if in_backward():
+            # Recomputing: the forward pass saw the table as it is now
+            return
+        fingerprint = weight.detach().float().sum().view(1)
+        self.finish_step(None if weight.grad is None else fingerprint != self.fingerprint)
+        self.fingerprint.copy_(fingerprint)
+
+    @torch.no_grad()
+    def finish_step(self, over: Tensor | None = None) -> None:
+        """Q[s, a] += alpha · mean error, of the errors pending for each pair; the statistics move likewise.
+
+        Args:
+            over: (1,) bool, False: nothing is taken in, and all stays pending; None: True.
+        """
+        sums = self.pending if over is None else torch.where(over, self.pending, 0)
+        errors, counts = sums[: 2 * self.table.numel()].view(2, *self.table.shape)
+        total, squares = sums[-2 * NUM_FEATURES - 1 : -1].view(2, NUM_FEATURES)
+        self.table.add_(self.alpha * errors / counts.clamp_min(1))
+        self._update_statistics(total, squares, sums[-1])
+        # A step that saw nothing but padding is none
+        self.num_updates.add_(counts.sum() > 0)
+        self.pending.copy_(torch.zeros_like(sums) if over is None else torch.where(over, 0, self.pending))
+
+    @torch.no_grad()
     def update(
         self,
         state: Tensor,
@@ -102,10 +144,8 @@ class Refiner(nn.Module):
         features: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> None:
-        """One temporal-difference step, Q[s, a] += alpha · mean(r + gamma·max Q[s′] − Q[s, a]) over each (s, a) pair.
-
-        The sums are reduced over all processes, which leaves every process with the same table. Nothing is read on
-        the host.
+        """One temporal-difference step, Q[s, a] += alpha · mean(r + gamma·max Q[s′] − Q[s, a]) over each (s, a) pair
+        and all processes.
 
         Args:
             state, action, next_state: (...) int64.
@@ -113,6 +153,19 @@ class Refiner(nn.Module):
             features: (..., 4) that the states were made from; moves the running statistics. None leaves them.
             valid: (...) bool: entries to learn from; None: all.
         """
+        self._collect(self._sum(state, action, reward, next_state, features, valid))
+        self.finish_step()
+
+    def _sum(
+        self,
+        state: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_state: Tensor,
+        features: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """What one backward pass adds to `pending`."""
         weight = torch.ones_like(reward, dtype=torch.float32) if valid is None else valid.float()
         error = reward.float() + self.gamma * self.table[next_state].amax(dim=-1) - self.table[state, action]
         # An overflow elsewhere in the model must not stay in the table for good; and NaN · 0 is NaN
@@ -121,21 +174,21 @@ class Refiner(nn.Module):
         error = torch.where(weight > 0, error, 0)
         pair = (state * self.table.shape[1] + action).flatten()
         size = self.table.numel()
-        sums = self.table.new_zeros(2 * size + 2 * NUM_FEATURES + 1)
+        sums = torch.zeros_like(self.pending)
         sums[:size].index_add_(0, pair, error.flatten())
         sums[size : 2 * size].index_add_(0, pair, weight.flatten())
         if features is not None:
             rows = torch.where(weight[..., None] > 0, features.float(), 0).reshape(-1, NUM_FEATURES)
             sums[2 * size : -1] = torch.cat([rows.sum(0), rows.square().sum(0)])
             sums[-1] = weight.sum()
+        return sums
+
+    def _collect(self, sums: Tensor) -> None:
         if is_available() and is_initialized():
+            # Summed here and not once a step, so that `pending` is the same in the process that saves
+            sums = sums.clone()
             all_reduce(sums)
-        errors, counts = sums[:size], sums[size : 2 * size]
-        self.table.add_((self.alpha * errors / counts.clamp_min(1)).view_as(self.table))
-        if features is not None:
-            self._update_statistics(*sums[2 * size : -1].view(2, NUM_FEATURES), sums[-1])
-        # A step that saw nothing but padding is none
-        self.num_updates.add_(counts.sum() > 0)
+        self.pending.add_(sums)
 
     def _update_statistics(self, total: Tensor, squares: Tensor, count: Tensor) -> None:
         mean = total / count.clamp_min(1)
@@ -145,21 +198,38 @@ class Refiner(nn.Module):
         self.variance.lerp_(variance, momentum).add_(momentum * (1 - momentum) * drift.square())
         self.mean.lerp_(mean, momentum)
 
-    def learn(self, output: Tensor, **step: Tensor) -> Tensor:
-        """`output` unchanged; its backward pass makes the `update` described by `step`, once."""
+    def learn(self, output: Tensor, **entries: Tensor) -> Tensor:
+        """`output` unchanged; its backward pass adds to `pending` what `entries`, the arguments of `update`, teach."""
         if not self.training or not torch.is_grad_enabled() or not output.requires_grad:
             return output
-        return _LearnOnBackward.apply(output, self, tuple(step), *step.values())
+        with torch.no_grad():
+            sums = self._sum(**entries)
+        return _CollectOnBackward.apply(output, sums, self)
+
+    def train(self, mode: bool = True) -> "Refiner":
+        if not mode:
+            self.finish_step()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.finish_step()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # What is pending belongs to the table that is replaced
+        self.pending.zero_()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
-class _LearnOnBackward(torch.autograd.Function):
+class _CollectOnBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, refiner: Refiner, names: tuple[str, ...], *values: Tensor) -> Tensor:
-        ctx.refiner, ctx.names = refiner, names
-        ctx.save_for_backward(*values)
+    def forward(ctx: Any, output: Tensor, sums: Tensor, refiner: Refiner) -> Tensor:
+        ctx.refiner = refiner
+        ctx.save_for_backward(sums)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.refiner.update(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
-        return (grad, None, None, *(None for _ in ctx.names))
+        with torch.no_grad():
+            ctx.refiner._collect(*ctx.saved_tensors)
+        return grad, None, None

@@ -47,9 +47,12 @@ def test_training_step() -> None:
     for forward in (model, torch.compile(model, fullgraph=True, backend=BACKEND)):
         model.load_state_dict(start)
         model.zero_grad()
-        forward(input_ids=ids, labels=ids).loss.backward()
+        # The second pass accumulates: another graph, in which the refiner's step goes on
+        for inputs in (ids, tokens(seed=1)):
+            forward(input_ids=inputs, labels=inputs).loss.backward()
         gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
-        results.append({**gradients, **{key: buffer.clone() for key, buffer in model.named_buffers()}})
+        state = {key: value.clone() for key, value in model.state_dict().items() if key not in gradients}
+        results.append({**gradients, **state})
     eager, compiled = results
     assert any(key.endswith("refiner.num_updates") and value == 1 for key, value in compiled.items())
     for key, value in eager.items():
