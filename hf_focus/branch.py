@@ -156,6 +156,9 @@ class FocusBranch(nn.Module):
                 state, action = self.refiner(features, explore=learning)
                 factor = self.refiner.action_to_span_scale(action)
             scale = (predicted * factor).clamp(0, 1)
+        if learning and config.reward == "loss":
+            learn_from = valid[:, None].expand(state.shape)
+            scale = self.refiner.learn_from_loss(scale, predicted, state, action, features, learn_from)
 
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
         local = focus_attention(
@@ -183,11 +186,11 @@ class FocusBranch(nn.Module):
             base_threshold=config.base_threshold,
             threshold_scale=config.threshold_scale,
             coverage_threshold=config.coverage_threshold,
-            need_statistics=learning or is_observed(),
+            need_statistics=(learning and config.reward == "seed") or is_observed(),
             backend=config.backend,
         )
         output = local.output
-        if learning:
+        if learning and config.reward == "seed":
             with torch.no_grad():
                 reward = local.coverage - config.entropy_weight * local.entropy
                 if action.shape[1] == 1:

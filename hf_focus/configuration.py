@@ -66,6 +66,7 @@ _RULES = {
     "base_threshold": NON_NEGATIVE,
     "threshold_scale": BELOW_ONE,
     "refiner": BOOL,
+    "reward": choice("seed", "loss"),
     "num_actions": int_from(2),
     "alpha": _FRACTION,
     "gamma": BELOW_ONE,
@@ -125,11 +126,13 @@ class FocusConfig:
         base_threshold: a query stops when its change δ < base_threshold + threshold_scale·δ.
         threshold_scale: see `base_threshold`.
         refiner: whether the Q-table corrects the predicted span.
+        reward: what the refiner learns from: `"seed"` (coverage − `entropy_weight`·entropy of the local attention
+            weights), or `"loss"` (by how much, to first order, the correction lowered the loss of the model).
         num_actions: corrections the refiner chooses from: factors 0, 1/(A−1), …, 1.
         alpha: learning rate of the Q-table.
-        gamma: discount of the Q-table.
+        gamma: discount of the Q-table; not of `reward="loss"`, where a correction has its whole effect at once.
         epsilon: share of random actions while training.
-        entropy_weight: weight of the entropy in the refiner's reward, coverage − weight·entropy.
+        entropy_weight: weight of the entropy in the seed's reward.
         coverage_threshold: a key counts as covered when its weight is above this.
         global_attn_implementation: attention of the global branch; None keeps the model's own choice.
         backend: how the local branch is computed, see `focus_attention`.
@@ -155,8 +158,8 @@ class FocusConfig:
     temp_scale: float = 0.01
     feedback: str = "normalized"
     anchored: bool = False
-    mix_start: float = 0.5
-    gain_start: float = 1.0
+    mix_start: float = 0.9
+    gain_start: float = 0.3
     readout: str = "mixture"
     readout_bias: float = 0.0
     readout_from: str = "query"
@@ -166,6 +169,7 @@ class FocusConfig:
     base_threshold: float = 1e-4
     threshold_scale: float = 0.1
     refiner: bool = True
+    reward: str = "seed"
     num_actions: int = 10
     alpha: float = 0.1
     gamma: float = 0.9

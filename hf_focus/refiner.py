@@ -140,7 +140,7 @@ class Refiner(nn.Module):
         state: Tensor,
         action: Tensor,
         reward: Tensor,
-        next_state: Tensor,
+        next_state: Tensor | None = None,
         features: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> None:
@@ -148,7 +148,7 @@ class Refiner(nn.Module):
         and all processes.
 
         Args:
-            state, action, next_state: (...) int64.
+            state, action, next_state: (...) int64. Without `next_state`, nothing follows: the error is r − Q[s, a].
             reward: (...).
             features: (..., 4) that the states were made from; moves the running statistics. None leaves them.
             valid: (...) bool: entries to learn from; None: all.
@@ -161,13 +161,15 @@ class Refiner(nn.Module):
         state: Tensor,
         action: Tensor,
         reward: Tensor,
-        next_state: Tensor,
+        next_state: Tensor | None = None,
         features: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
         """What one backward pass adds to `pending`."""
         weight = torch.ones_like(reward, dtype=torch.float32) if valid is None else valid.float()
-        error = reward.float() + self.gamma * self.table[next_state].amax(dim=-1) - self.table[state, action]
+        error = reward.float() - self.table[state, action]
+        if next_state is not None:
+            error = error + self.gamma * self.table[next_state].amax(dim=-1)
         # An overflow elsewhere in the model must not stay in the table for good; and NaN · 0 is NaN
         usable = error.isfinite() if features is None else error.isfinite() & features.isfinite().all(dim=-1)
         weight = weight * usable
@@ -206,6 +208,20 @@ class Refiner(nn.Module):
             sums = self._sum(**entries)
         return _CollectOnBackward.apply(output, sums, self)
 
+    def learn_from_loss(
+        self, scale: Tensor, predicted: Tensor, state: Tensor, action: Tensor, features: Tensor, valid: Tensor
+    ) -> Tensor:
+        """`scale` unchanged; its backward pass rewards `action` with what it saved: the loss at the `predicted` span
+        minus the loss at `scale`, to first order, in units of its mean size.
+
+        Args:
+            scale, predicted: (...) share of the longest span with and without the correction.
+            state, action, features, valid: as in `update`.
+        """
+        if not self.training or not torch.is_grad_enabled() or not scale.requires_grad:
+            return scale
+        return _RewardOnBackward.apply(scale, predicted.detach(), state, action, features, valid, self)
+
     def train(self, mode: bool = True) -> "Refiner":
         if not mode:
             self.finish_step()
@@ -233,3 +249,30 @@ class _CollectOnBackward(torch.autograd.Function):
         with torch.no_grad():
             ctx.refiner._collect(*ctx.saved_tensors)
         return grad, None, None
+
+
+class _RewardOnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scale: Tensor,
+        predicted: Tensor,
+        state: Tensor,
+        action: Tensor,
+        features: Tensor,
+        valid: Tensor,
+        refiner: Refiner,
+    ) -> Tensor:
+        ctx.refiner = refiner
+        ctx.save_for_backward(scale, predicted, state, action, features, valid)
+        return scale.view_as(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale, predicted, state, action, features, valid = ctx.saved_tensors
+        with torch.no_grad():
+            # The size of gradients depends on the loss, the number of tokens and the loss scale; rewards must not
+            unit = torch.where(valid, (grad * predicted).abs(), 0).sum() / valid.sum().clamp_min(1)
+            reward = grad * (predicted - scale) / unit.clamp_min(torch.finfo(unit.dtype).tiny)
+            ctx.refiner._collect(ctx.refiner._sum(state, action, reward, features=features, valid=valid))
+        return (grad, *(None for _ in range(6)))

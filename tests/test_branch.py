@@ -56,6 +56,7 @@ ACTS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
 STARTS = {"initial_span": (0.5, 0.1), "readout_bias": (0.0, 3.0), "mix_start": (0.5, 0.9), "gain_start": (1.0, 0.3)}
 # What shows in what the refiner learns
 TEACHES = {
+    "reward": ("seed", "loss"),
     "alpha": (0.1, 0.5),
     "gamma": (0.9, 0.1),
     "epsilon": (0.1, 0.9),

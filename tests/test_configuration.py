@@ -47,6 +47,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "base_threshold": NON_NEGATIVE,
     "threshold_scale": BELOW_ONE,
     "refiner": FLAG,
+    "reward": (["seed", "loss"], ["none", "", None, 1, True]),
     "num_actions": ([2, 10], [1, 0, -1, 10.0, "10", None, True]),
     "alpha": FRACTION,
     "gamma": BELOW_ONE,

@@ -442,3 +442,58 @@ def test_an_overflow_does_not_stay(bad: float) -> None:
     assert all(buffer.isfinite().all() for buffer in refiner.buffers())
     assert (refiner.table[[0, 3], 0] > 0).all()
     assert (refiner.table[[1, 2], 0] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), slope=st.floats(-1e4, 1e4).filter(lambda x: abs(x) > 1e-4))
+def test_reward_of_the_loss_is_what_the_correction_saved(seed: int, slope: float) -> None:
+    """Of a loss that is linear in the span, the reward is exact, in units of the mean size of gradient · span."""
+    step = random_step(seed)
+    noise = torch.Generator().manual_seed(seed)
+    predicted, slopes = torch.rand(step["state"].shape, generator=noise), torch.randn(step["state"].shape)
+    refiner, slow = random_refiner(seed).train(), random_refiner(seed)
+    scale = (predicted * refiner.action_to_span_scale(step["action"])).requires_grad_()
+    entries = {name: step[name] for name in ("state", "action", "features", "valid")}
+    used = refiner.learn_from_loss(scale, predicted, **entries)
+    assert torch.equal(used, scale)
+    (slope * slopes * used).sum().backward()
+    assert torch.equal(scale.grad, slope * slopes)
+    refiner.finish_step()
+
+    def loss(span: Tensor) -> Tensor:
+        return slope * slopes * span
+
+    saved = loss(predicted) - loss(scale.detach())
+    unit = (loss(predicted).abs() * step["valid"]).sum() / step["valid"].sum()
+    slow.update(step["state"], step["action"], saved / unit, features=step["features"], valid=step["valid"])
+    assert_close_buffers(refiner, slow)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_it_learns_what_lowers_the_loss(helps: bool) -> None:
+    """Shorter spans lower the loss: the first action wins. They raise it: the last one, no correction."""
+    refiner = Refiner(STATES, ACTIONS, epsilon=0.5).train()
+    features, valid = torch.randn(64, 4), torch.ones(64, dtype=torch.bool)
+    predicted = torch.full((64,), 0.5)
+    torch.manual_seed(0)
+    for _ in range(50):
+        state, action = refiner(features)
+        scale = (predicted * refiner.action_to_span_scale(action)).requires_grad_()
+        used = refiner.learn_from_loss(scale, predicted, state, action, features, valid)
+        (used if helps else -used).sum().backward()
+        refiner.finish_step()
+    best = refiner.choose_action(refiner.discretize(features), explore=False)
+    assert (best == (0 if helps else ACTIONS - 1)).all()
+
+
+def test_without_a_gradient_the_loss_teaches_nothing() -> None:
+    refiner = random_refiner().train()
+    before, step = buffers(refiner), random_step()
+    scale = torch.rand(step["state"].shape, requires_grad=True)
+    entries = {name: step[name] for name in ("state", "action", "features")}
+    refiner.learn_from_loss(scale, scale, valid=torch.zeros_like(step["valid"]), **entries).sum().backward()
+    refiner.eval().learn_from_loss(scale, scale, valid=step["valid"], **entries).sum().backward()
+    with torch.no_grad():
+        refiner.train().learn_from_loss(scale, scale, valid=step["valid"], **entries)
+    refiner.finish_step()
+    assert_same_buffers(refiner, before)
