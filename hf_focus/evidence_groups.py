@@ -1,11 +1,14 @@
 """The tables of the evidence, claim by claim, and the presets. A new table is a new entry."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Generator
+
 from .errors import FocusConfigError, bad_value
 from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, STEPS, Group, Measure, accuracy_on
+from .evidence_tasks import find_task
 
 DEPTHS = ("focus", "plain", "plain +1", "plain +2")
 BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
@@ -20,6 +23,21 @@ SCREENED = (
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
 LONG_BITS = Measure(
     "bits per byte, 4 times the length", ("results", "held out, 4 L", "bits_per_byte"), lower_is_better=True
+)
+LONG_CONTEXT_BITS = Measure(
+    "bits per byte, held out, 8k", ("results", "held out, 8k", "bits_per_byte"), lower_is_better=True
+)
+CACHE = Measure("cache, KiB", ("cost", "cache_bytes"), lower_is_better=True, scale=1 / 1024)
+RUNNING = (
+    KEYS,
+    CACHE,
+    Measure("µs a token, prefill", ("cost", "prefill_seconds"), lower_is_better=True, scale=1e6),
+    Measure("ms a token, decoding", ("cost", "decode_seconds"), lower_is_better=True, scale=1e3),
+    FLOPS,
+    KEPT,
+    Measure("effective tokens", ("cost", "effective_tokens"), lower_is_better=True),
+    Measure("local effective tokens", ("cost", "local_effective_tokens"), lower_is_better=True),
+    Measure("weights > 0.001, %", ("cost", "attended"), lower_is_better=True, scale=100),
 )
 F1 = Measure("F1, %", ("results", "train", "f1"), scale=100)
 BOUNDARIES = Measure("boundary errors a span", ("results", "train", "boundary_errors_per_span"), lower_is_better=True)
@@ -101,9 +119,8 @@ GROUPS: dict[str, Group] = {
                (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
         _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
                (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), steps=4000),
-        _tuned("sparsity", 5, "Keys read for equal loss on real text, 512 tokens", "text", (BITS, KEYS, KEPT, FLOPS),
-               variants=("focus, near", "plain", "hybrid, near", "adaptive span", "focus"), settings={"length": 512},
-               sizes=TEXT_SIZES, batch=8),
+        _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
+               variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=600, examples=32),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=16, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
@@ -116,32 +133,49 @@ GROUPS: dict[str, Group] = {
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 2, "batch": 32, "examples": 64}
 # Under ten minutes on two cores: whether everything works, and a first look; too short and too few seeds to decide
-QUICK: tuple[Group, ...] = tuple(
-    replace(GROUPS[name], name=f"quick-{name}", **{**_SMALL, **changes})
+QUICK: dict[str, Group] = {
+    name: replace(GROUPS[name], **{**_SMALL, **changes})
     for name, changes in {
         "recall": {"steps": 250},
         "max-retrieval": {"steps": 250},
         "entity-spans": {"steps": 100},
         "k-step-3": {"steps": 600, "batch": 64},
         "dyck": {"steps": 150},
-        "sparsity": {"steps": 20, "batch": 4, "variants": ("focus, near", "plain")},
+        "sparsity": {"steps": 20, "batch": 2, "examples": 4, "variants": ("focus, near", "plain")},
         "text": {"steps": 40, "batch": 8},
     }.items()
-)
+}
 
 
-def find_groups(names: Sequence[str]) -> Iterator[Group]:
-    """Groups by name; `"quick"` and `"all"` stand for several.
+def find_groups(names: Sequence[str], groups: Mapping[str, Group] = GROUPS) -> list[Group]:
+    """Groups by name; `"all"` stands for all of them.
 
     Raises:
         FocusConfigError: there is none of this name.
     """
+    found: dict[str, Group] = {}
     for name in names:
-        if name == "quick":
-            yield from QUICK
-        elif name == "all":
-            yield from GROUPS.values()
-        elif name in GROUPS:
-            yield GROUPS[name]
-        else:
-            raise FocusConfigError(bad_value("groups", name, ", ".join(("all", "quick", *GROUPS))))
+        if name != "all" and name not in groups:
+            raise FocusConfigError(bad_value("groups", name, ", ".join(("all", *groups))))
+        found |= groups if name == "all" else {name: groups[name]}
+    return list(found.values())
+
+
+def on_dataset(groups: Mapping[str, Group], dataset: str, **settings: str | None) -> dict[str, Group]:
+    """The groups whose task reads text, with another text: a data set or file, see `evidence_tasks_text.text`.
+
+    Args:
+        settings: dataset_config and text_column, where they are needed.
+
+    Raises:
+        FocusDataError: the data set is not found, or too short for the longest windows of a test.
+    """
+    chosen, found = {"dataset": dataset, **settings}, {}
+    for name, group in groups.items():
+        task = find_task(group.task)
+        if "dataset" in task.settings:
+            found[name] = replace(group, settings={**group.settings, **chosen})
+            for test in ({}, *task.tests.values()):
+                # Now, and not after hours of training
+                task.batch(1, Generator(), {**found[name].settings, **test})
+    return found

@@ -41,13 +41,14 @@ class Measure:
             return float(record["steps"]) if self.where == STEPS.where else None
         return self.scale * value
 
+    def clip(self, value: float) -> float:
+        """An end of an interval, within what the measure can be: no share is below 0 or above 100%."""
+        return min(max(value, 0.0), self.scale if self.scale == 100 else math.inf)
+
 
 ACCURACY = Measure("accuracy, %", ("results", "train", "accuracy"), scale=100)
 EXACT = Measure("examples all right, %", ("results", "train", "exact"), scale=100)
 STEPS = Measure("steps to 99%", ("steps_to_solved",), lower_is_better=True)
-SECONDS = Measure("seconds", ("seconds",), lower_is_better=True)
-
-
 KEYS = Measure("keys read", ("cost", "keys_read"), lower_is_better=True)
 KEPT = Measure("keys kept", ("cost", "keys_kept"), lower_is_better=True)
 FLOPS = Measure("MFLOPs a token, forward", ("cost", "flops"), lower_is_better=True, scale=1e-6)

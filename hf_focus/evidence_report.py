@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .evidence_groups import GROUPS, QUICK
-from .evidence_plan import TUNING_SEEDS, Group, Measure
+from .evidence_groups import GROUPS
+from .evidence_plan import STEPS, TUNING_SEEDS, Group, Measure
 from .evidence_run import is_done, read_rows
-from .evidence_statistics import Difference, Estimate, difference, estimate
-from .evidence_targets import TARGETS
+from .evidence_statistics import difference, show
+from .evidence_targets import TARGETS, Verdict, shown
 from .evidence_tasks import find_task
 from .evidence_variants import VARIANTS
 
@@ -21,15 +21,29 @@ CLAIMS = {
     5: "Sparsity",
     6: "Language modelling",
 }
-INTRODUCTION = """# Evidence
+TITLE = """# Evidence: what FocusA is good for
 
-Figures that `python scripts/evidence.py` measures; `python scripts/evidence.py --report` writes this page from the
-files in `results/`. A table compares models with equal parameters (± 2%, the MLP is widened to match; the deeper
-baselines have more), equal data, steps and tuning. A cell is the mean over seeds with its 95% interval (Student's t).
-Below a table: each model against the baseline, paired by seed, with the p-values of the t test and of the exact test
-that turns signs (for n seeds never below 2/2ⁿ). Rows that lost stay. "Solved": every group at 99% or more. A row that
-was never solved enters the mean of "steps to 99%" with the steps that it was given, which is too few.
+Small models with and without FocusA, at equal parameters, data, steps and tuning, on a task for each claim. Every
+figure is measured by `python scripts/evidence.py`; this page is written from the rows in `results/` by
+`python scripts/evidence.py --report`.
 """
+METHOD = """## How it was measured
+
+- **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
+  has more), read the same examples in the same order, make as many steps, and choose their learning rate from the same
+  grid on a seed that enters no figure.
+- **Figures** are means over seeds with their 95% interval, [low, high] (Student's t). Each model is compared with the
+  baseline of its table seed by seed: the folded tables hold the differences, their intervals, and p, first of the
+  paired t test, then of the exact test that turns signs (for n seeds never below 2/2ⁿ).
+- **Solved**: every group of questions is answered right in 99%, twice in a row. A row that was never solved enters
+  "steps to 99%" with all the steps that it was given, which is too few.
+- **Time** is that of the process on all its cores, on a CPU, and the clock's on a GPU. FLOPs count no key that a
+  causal query cannot see. Keys read and kept are those of the last query of a text of full length.
+- **Lost rows stay**. A target is judged from 5 seeds on (shares of seeds from 10 on), by the rule in its line.
+- **Pictures**: a dot is a seed, the diamond the mean, the bar its interval, the dashed line the baseline's mean. A
+  model has the same colour on the whole page; ablations are grey.
+"""
+WORDS = {True: "reached", False: "**not reached**", None: "too few seeds"}
 
 
 def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Record]]:
@@ -42,75 +56,108 @@ def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Reco
         known = variant in found and seed not in TUNING_SEEDS
         if known and is_done(group.row(variant, seed, rates[variant]), [record]):
             found[variant][seed] = record
-    return found
+    # In the order of the seeds, whatever order they were measured in
+    return {variant: dict(sorted(rows.items())) for variant, rows in found.items()}
 
 
-def report(folder: Path) -> str:
-    """The whole page, in markdown, from the results in `folder`."""
-    groups = [*GROUPS.values(), *QUICK]
-    parts = [INTRODUCTION, "## Targets", targets(folder)]
+def report(folder: Path, groups: Mapping[str, Group] = GROUPS) -> str:
+    """The whole page, in markdown, from the results of `groups` in `folder`."""
+    found = {name: counted(group, read_rows(folder / group.file)) for name, group in groups.items()}
+    parts = [TITLE, "## At a glance", summary(found), METHOD]
     for claim, title in CLAIMS.items():
-        sections = [
-            text
-            for group in groups
-            if group.claim == claim and (text := section(group, read_rows(folder / group.file)))
-        ]
-        parts += [f"## {claim}. {title}", *(sections or ["Not measured yet."])]
+        mine = [section(group, found[name]) for name, group in groups.items() if group.claim == claim]
+        parts += [f"## {claim}. {title}", *(list(filter(None, mine)) or ["Not measured yet."])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def targets(folder: Path) -> str:
-    """What was aimed at, and what became of it."""
-    words = {True: "reached", False: "**not reached**", None: "too few seeds to say"}
-    lines = []
-    for target in TARGETS:
-        group = GROUPS[target.group]
-        verdict = target.judge(counted(group, read_rows(folder / group.file)))
-        said = ("", "not measured") if verdict is None else (verdict.measured, words[verdict.reached])
-        lines.append((str(target.claim), f"{group.title}: {target.wanted}", *said))
-    return table(("claim", "target", "measured", ""), lines)
+def summary(found: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> str:
+    """What was aimed at and what became of it, a line a target, and how many were reached."""
+    judged = [(target, target.judge(found.get(target.group, {}))) for target in TARGETS]
+    lines, last = [], None
+    for target, verdict in judged:
+        claim = "" if target.claim == last else f"**{target.claim}. {CLAIMS[target.claim]}**"
+        last = target.claim
+        lines.append((claim, target.question, *_judged(verdict), target.wanted, _word(verdict)))
+    counts = {word: sum(_word(v) == word for _, v in judged) for word in (*WORDS.values(), "not measured")}
+    said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    header = ("claim", "measured", "FocusA", "full attention", "difference", "seeds", "target", "")
+    said = said.replace("**", "")
+    return f"{len(judged)} targets: {said}.\n\n" + table(header, lines)
 
 
-def section(group: Group, records: Sequence[Record]) -> str:
-    """One group's tables; empty without rows."""
-    found = {variant: rows for variant, rows in counted(group, records).items() if rows}
-    if not found:
+def _judged(verdict: Verdict | None) -> tuple[str, str, str, str]:
+    if verdict is None:
+        return ("", "", "", "")
+    return (verdict.ours, verdict.theirs, verdict.measured, str(verdict.seeds))
+
+
+def _word(verdict: Verdict | None) -> str:
+    return "not measured" if verdict is None else WORDS[verdict.reached]
+
+
+def section(group: Group, found: Mapping[str, Mapping[int, Record]]) -> str:
+    """One group's picture and tables; empty where nothing can be compared. `found` is what `counted` gives."""
+    found = {variant: rows for variant, rows in found.items() if rows}
+    # Another table may share the rows of one model
+    if len(found) < 2:
         return ""
-    sizes = next(iter(next(iter(found.values())).values()))["sizes"]
     lines = [
         f"### {group.title}",
-        f"{find_task(group.task).title}. {group.settings or 'Default settings'}; width {sizes['width']},"
-        f" {sizes['heads']} heads, {sizes['layers']} layer{'s' if sizes['layers'] > 1 else ''} (and those that a model"
-        f" has more); at most {group.steps} steps of {group.batch} examples.",
+        _setting(group, next(iter(next(iter(found.values())).values()))),
+        f"![{group.title}]({group.name}.png)",
         _means(group, found),
-        _differences(group, found),
+        _folded("Sizes, learning rates and time", _models(found)),
+        _folded(f"Differences from: {VARIANTS[group.baseline].title}", _differences(group, found)),
     ]
-    picture = f"{group.name}.png"
-    lines.append(f"![{group.title}]({picture})")
     return "\n\n".join(line for line in lines if line)
+
+
+def _setting(group: Group, record: Record) -> str:
+    """What the rows are, in words."""
+    task, sizes = find_task(group.task), record["sizes"]
+    settings = [
+        f"{name.replace('_', ' ')} {_said(value)}" for name, value in group.settings.items() if value is not None
+    ]
+    layers = f"{sizes['layers']} layer{'s' if sizes['layers'] > 1 else ''}"
+    return (
+        f"{task.title}{' (' + ', '.join(settings) + ')' if settings else ''}. Width {sizes['width']}, {sizes['heads']}"
+        f" heads, {layers}; at most {group.steps:,} steps of {group.batch} examples."
+    )
+
+
+def _said(value: Any) -> str:
+    # A page may be shared, and need not tell where a file lies on this machine
+    return Path(value).name if isinstance(value, str) and Path(value).exists() else str(value)
 
 
 def _means(group: Group, found: Mapping[str, Mapping[int, Record]]) -> str:
     measures = [m for m in group.measures if any(_values(m, rows) for rows in found.values())]
-    header = ("model", "parameters", "lr", "seeds", "solved", *(m.title for m in measures), "seconds")
+    solvable = STEPS in group.measures
     lines = []
     for variant, rows in found.items():
         solved = sum(record["steps_to_solved"] is not None for record in rows.values())
-        some = next(iter(rows.values()))
-        cells = [_show(estimate(list(values))) if (values := _values(m, rows).values()) else "" for m in measures]
-        seconds = sum(record["seconds"] for record in rows.values()) / len(rows)
+        cells = [shown(m, _values(m, rows).values()) for m in measures]
+        title = VARIANTS[variant].title
+        first = f"**{title}**" if variant.startswith("focus") else title
+        lines.append((first, str(len(rows)), *([f"{solved}/{len(rows)}"] if solvable else []), *cells))
+    return table(("model", "seeds", *(["solved"] if solvable else []), *(m.title for m in measures)), lines)
+
+
+def _models(found: Mapping[str, Mapping[int, Record]]) -> str:
+    lines = []
+    for variant, rows in found.items():
+        some, seconds = next(iter(rows.values())), sum(record["seconds"] for record in rows.values()) / len(rows)
+        devices = ", ".join(sorted({record["device"] for record in rows.values()}))
         lines.append(
             (
                 VARIANTS[variant].title,
                 f"{some['parameters']:,}",
                 f"{some['lr']:g}",
-                str(len(rows)),
-                f"{solved}/{len(rows)}",
-                *cells,
-                f"{seconds:.0f}",
+                f"{some['steps']:,}",
+                f"{seconds:.0f} ({devices})",
             )
         )
-    return table(header, lines)
+    return table(("model", "parameters", "learning rate", "steps at most", "seconds of training"), lines)
 
 
 def _differences(group: Group, found: Mapping[str, Mapping[int, Record]]) -> str:
@@ -118,15 +165,21 @@ def _differences(group: Group, found: Mapping[str, Mapping[int, Record]]) -> str
         return ""
     lines = []
     for variant, rows in found.items():
-        for measure in group.measures:
-            ours, theirs = _values(measure, rows), _values(measure, found[group.baseline])
-            both = sorted(ours.keys() & theirs.keys())
-            if variant != group.baseline and len(both) > 1:
-                change = difference([ours[seed] for seed in both], [theirs[seed] for seed in both])
-                title = f"{VARIANTS[variant].title}: {measure.title}"
-                lines.append((title, str(len(both)), _show(change.estimate, signed=True), *_p(change)))
-    header = (f"minus {VARIANTS[group.baseline].title}", "seeds", "difference", "p (t)", "p (signs)")
-    return table(header, lines) if lines else ""
+        cells = [_difference(m, rows, found[group.baseline]) for m in group.measures]
+        if variant != group.baseline and any(cells):
+            lines.append((VARIANTS[variant].title, *cells))
+    return table(("model", *(m.title for m in group.measures)), lines) if lines else ""
+
+
+def _difference(measure: Measure, rows: Mapping[int, Record], baseline: Mapping[int, Record]) -> str:
+    """In words: mean and interval of the differences, p of the t test and of the test of signs."""
+    ours, theirs = _values(measure, rows), _values(measure, baseline)
+    both = sorted(ours.keys() & theirs.keys())
+    if len(both) < 2:
+        return ""
+    change = difference([ours[seed] for seed in both], [theirs[seed] for seed in both])
+    tests = [f"{p:.2g}" for p in (change.t_test, change.sign_test) if p is not None]
+    return f"{show(change.estimate, signed=True)}; p {', '.join(tests)}" if change.estimate.mean else "0"
 
 
 def _values(measure: Measure, rows: Mapping[int, Record]) -> dict[int, float]:
@@ -134,17 +187,8 @@ def _values(measure: Measure, rows: Mapping[int, Record]) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def _p(change: Difference) -> tuple[str, str]:
-    return tuple("" if p is None else f"{p:.3g}" for p in (change.t_test, change.sign_test))
-
-
-def _show(found: Estimate, signed: bool = False) -> str:
-    def text(value: float, sign: str = "+" if signed else "") -> str:
-        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
-        return f"{value:{sign}.{digits}f}"
-
-    interval = "" if found.low is None else f" [{text(found.low)}, {text(found.high)}]"
-    return text(found.mean) + interval
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FocusDataError
+from .evidence_tasks import find_task
 from .evidence_train import Row, run_row
 
 
@@ -35,13 +36,14 @@ def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
 
 
 def find_record(row: Row, finished: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last of `finished` that is this row. Settings of FocusA that did not exist when it was made are not
-    compared: new ones start as what was there before."""
+    """The last of `finished` that is this row. Settings of FocusA and of the task that did not exist when it was made
+    are not compared: new ones start as what was there before."""
     key = row.key
-    focus = key.pop("focus") or {}
+    focus, settings, defaults = key.pop("focus") or {}, key.pop("settings"), find_task(row.task).settings
     for other in reversed(list(finished)):
         known = other.get("focus")
         same = all(other.get(name) == value for name, value in key.items()) and (known is None) == (not focus)
+        same = same and {**defaults, **other.get("settings", {})} == settings
         if same and all(focus.get(name) == value for name, value in (known or {}).items()):
             return other
     return None

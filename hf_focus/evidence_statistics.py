@@ -29,6 +29,19 @@ class Difference:
     sign_test: float | None
 
 
+def show(found: Estimate, signed: bool = False) -> str:
+    """A mean with its interval, as short as it may be: `"97.2 [95.1, 99.3]"`, or `"97.2"` where there is none or all
+    values are equal."""
+
+    def text(value: float) -> str:
+        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+        return f"{value:{'+' if signed else ''},.{digits}f}"
+
+    if found.low is None or found.low == found.high:
+        return text(found.mean)
+    return f"{text(found.mean)} [{text(found.low)}, {text(found.high)}]"
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and 95% interval of independent values."""
     from scipy.stats import t

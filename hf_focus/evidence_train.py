@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from .claims import measure_attention
-from .evidence_cost import count_flops, keys_read
+from .evidence_cost import count_flops, keys_read, run_cost
 from .evidence_spans import span_scores
 from .evidence_tasks import find_task
 from .evidence_types import IGNORED, Batch, Task
@@ -78,9 +78,9 @@ def run_row(
         progress: called now and then with a line of text.
 
     Returns:
-        `row.key`, and: parameters; cost: `count_flops` and, of causal models, `keys_read`; loss of the last 100 steps;
-        results: test set -> what `measure` gives; curve: pairs of step and least accuracy of a group; steps_to_solved
-        (None: never); steps_made; seconds; versions.
+        `row.key`, and: parameters; cost: `count_flops` and, of causal models, `keys_read`, see `Task.cost_on`; loss of
+        the last 100 steps; results: test set -> what `measure` gives; curve: pairs of step and least accuracy of a
+        group; steps_to_solved (None: never); steps_made; seconds; versions.
     """
     started = time.perf_counter()
     model, losses, curve, solved_at = train(row, device, progress)
@@ -151,6 +151,8 @@ def train(
 
 def _cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
     """On one fresh example."""
+    if task.cost_on is not None:
+        settings = {**settings, **task.tests[task.cost_on]}
     batch = task.batch(1, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
     inputs = model_inputs(batch, task)
     was_training = model.training
@@ -158,6 +160,8 @@ def _cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str
     cost = {"flops": count_flops(model, **inputs)}
     if not task.encoder:
         cost |= keys_read(model, **inputs)
+    if task.cost_on is not None:
+        cost |= run_cost(model, batch.input_ids)
     model.train(was_training)
     return cost
 

@@ -48,6 +48,8 @@ class Task:
         spread: measure on every test set how attention is spread, see `claims.measure_attention`.
         measure: (predictions (B, T), batch) -> further counts by name; summed over batches.
         bytes_per_label: of text; with it the loss is also given in bits per byte.
+        cost_on: a test set: costs are measured at its length, those of running with a cache included; None: at that of
+            the training examples, without these.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task:
     spread: bool = False
     measure: Callable[[Tensor, Batch], dict[str, float]] | None = None
     bytes_per_label: float | None = None
+    cost_on: str | None = None
 
     def batch(self, size: int, generator: Generator, settings: Mapping[str, Any] | None = None) -> Batch:
         """`size` examples; the same for the same state of `generator`, on every machine."""

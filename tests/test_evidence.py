@@ -10,23 +10,12 @@ import torch
 
 from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_cli import main, run_group
-from hf_focus.evidence_cost import count_flops, keys_read
 from hf_focus.evidence_groups import GROUPS, QUICK, find_groups
 from hf_focus.evidence_plan import ACCURACY, STEPS, TUNING_SEEDS, Group
-from hf_focus.evidence_report import counted, report, section
+from hf_focus.evidence_report import counted, report, section, summary
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
 from hf_focus.evidence_statistics import difference, estimate, sign_flip_test
-from hf_focus.evidence_targets import (
-    TARGETS,
-    Target,
-    Verdict,
-    better_by,
-    fewer_solved,
-    mean_below,
-    ratio_at_most,
-    solved_share,
-    stays_within,
-)
+from hf_focus.evidence_targets import TARGETS
 from hf_focus.evidence_tasks import TASKS, find_task
 from hf_focus.evidence_train import Row, forward, measure, run_row
 from hf_focus.evidence_variants import REFERENCE, TOLERANCE, VARIANTS, Sizes, build, count, find_variant
@@ -90,8 +79,9 @@ def test_a_variant_starts_the_same_for_the_same_seed() -> None:
 def test_unknown_variants_and_groups_are_refused() -> None:
     with pytest.raises(FocusConfigError, match="plain"):
         find_variant("plane")
-    with pytest.raises(FocusConfigError, match="quick"):
-        list(find_groups(["quickly"]))
+    with pytest.raises(FocusConfigError, match="all, recall"):
+        find_groups(["quickly"])
+    assert find_groups(["all", "recall"], QUICK) == list(QUICK.values())
 
 
 def test_log_n_scales_the_logits() -> None:
@@ -178,7 +168,9 @@ def test_another_row_is_not_done(changes: dict[str, object]) -> None:
 def test_a_setting_that_came_later_does_not_undo_a_row() -> None:
     older = TINY.key
     del older["focus"]["anchored"]
+    del older["settings"]["joint"]
     assert is_done(TINY, [older])
+    assert not is_done(replace(TINY, settings={**TINY.settings, "joint": True}), [older])
 
 
 def test_append_drops_what_a_killed_run_left(tmp_path: Path) -> None:
@@ -241,15 +233,47 @@ def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"| {mean:.1f} [" in page or f"| {mean:.3f} [" in page
     assert main(["--report", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "REPORT.md").read_text() == page
-    assert section(tiny, []) == ""
+    assert section(tiny, {}) == ""
     assert "Not measured yet." in report(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("planned", [*GROUPS.values(), *QUICK], ids=lambda planned: planned.name)
+def test_the_page_begins_with_what_became_of_the_targets() -> None:
+    table = summary({})
+    assert table.startswith(f"{len(TARGETS)} targets: {len(TARGETS)} not measured.")
+    assert table.count("\n") == len(TARGETS) + 3
+    assert "**4. Hierarchical reasoning**" in table
+
+
+def test_quick_rows_and_those_of_other_text_have_a_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    book = tmp_path / "a book.txt"
+    book.write_text("A short line.\n" * 3000)
+    tiny = {"rates": (3e-3,), "seeds": 2, "steps": 2, "batch": 2, "examples": 2, "sizes": {"width": 16}}
+    other = replace(GROUPS["text"], **tiny, settings={"length": 16}, variants=("focus", "plain"))
+    monkeypatch.setattr("hf_focus.evidence_cli.QUICK", {"text": other, "tiny": group()})
+    committed = tmp_path / "committed"
+    book.with_name("short.txt").write_text("A short line.\n")
+    with pytest.raises(FocusDataError, match="more than"):
+        main(["--quick", "--dataset", str(book.with_name("short.txt"))])
+    assert main(["--quick", "--dataset", str(book)], folder=committed) == 0
+    folder = tmp_path / "outputs" / "evidence-quick-a-book-txt"
+    assert [path.name for path in (folder / "results").iterdir()] == ["text.jsonl"]
+    page = (folder / "REPORT.md").read_text()
+    assert "dataset a book.txt" in page
+    assert str(tmp_path) not in page
+    assert main(["--quick", "--dataset", str(book), "--report"], folder=committed) == 0
+    assert (folder / "REPORT.md").read_text() == page
+    assert not committed.exists()
+    assert not (tmp_path / "outputs" / "evidence-quick-short-txt").exists()
+
+
+@pytest.mark.parametrize("planned", [*GROUPS.values(), *QUICK.values()], ids=lambda planned: planned.name)
 def test_plans_name_what_exists(planned: Group) -> None:
     task = find_task(planned.task)
     assert planned.baseline in planned.variants
-    assert planned.seeds >= 5 or planned.name.startswith("quick")
+    assert planned.seeds >= 5 or planned in QUICK.values()
     task.with_settings(planned.settings)
     for variant in planned.variants:
         find_variant(variant)
@@ -322,59 +346,3 @@ def test_equal_flops_are_fewer_steps_of_a_dearer_model() -> None:
     assert costly.steps_of("plain") == 100
     assert 20 < costly.steps_of("focus") < 90
     assert group(steps=100).steps_of("focus") == 100
-
-
-def test_keys_read() -> None:
-    task = find_task("recall")
-    ids = task.batch(1, torch.Generator().manual_seed(0), task.settings).input_ids
-    for name, read, kept in (("plain", 64, 64), ("focus", 64, 64), ("hybrid, near", 32 + 4, 32 + 4)):
-        # The span, half of 32 at first, and its soft edge of 16; and the sinks
-        model = build(task, task.settings, name, Sizes(width=16), 0).eval()
-        found = keys_read(model, input_ids=ids, use_cache=False)
-        assert (found["keys_read"], found["keys_kept"]) == (read, kept), name
-    assert keys_read(build(task, task.settings, "adaptive span", Sizes(width=16), 0), input_ids=ids)["keys_read"] == 64
-
-
-def test_flops_grow_with_iterations() -> None:
-    task = find_task("recall")
-    ids = task.batch(1, torch.Generator().manual_seed(0), task.settings).input_ids
-    counts = [
-        count_flops(build(task, task.settings, name, Sizes(width=16), 0), input_ids=ids)
-        for name in ("plain", "1 iteration", "4 iterations", "10 iterations")
-    ]
-    assert counts == sorted(counts)
-    assert counts[3] > 1.5 * counts[1]
-
-
-def test_targets_are_judged_by_the_rows() -> None:
-    def rows(solved: list[bool], accuracy: list[float]) -> dict[int, dict[str, object]]:
-        return {
-            seed: {"steps": 100, "steps_to_solved": 10 if s else None, "results": {"train": {"accuracy": a}}}
-            for seed, (s, a) in enumerate(zip(solved, accuracy, strict=True))
-        }
-
-    found = {
-        "focus": rows([True] * 9 + [False], [0.9, 0.91, 0.92, 0.93, 0.94] * 2),
-        "plain": rows([False] * 10, [0.5] * 10),
-    }
-    assert solved_share("focus", 0.9)(found) == Verdict("9 of 10 (10 seeds)", True)
-    assert solved_share("focus", 0.95)(found).reached is False
-    few = {"focus": {0: found["focus"][0]}, "plain": {0: found["plain"][0]}}
-    assert solved_share("focus", 0.9)(few).reached is None
-    assert solved_share("other", 0.9)(found) is None
-    assert fewer_solved("focus", "plain")(found).measured == "9 against 0 (10 seeds)"
-    assert mean_below("plain", ACCURACY, 51)(found).reached
-    assert not mean_below("plain", ACCURACY, 50)(found).reached
-    assert better_by("focus", "plain", ACCURACY, 20)(found).reached
-    assert not better_by("focus", "plain", ACCURACY, 50)(found).reached
-    assert not better_by("plain", "focus", ACCURACY)(found).reached
-    assert stays_within("focus", ACCURACY, ACCURACY, 0.0)(found) == Verdict("+0% (10 seeds)", True)
-    # Nine rows in 10 steps and one in 100, against 100 each
-    assert ratio_at_most("focus", "plain", STEPS, 0.5)(found) == Verdict("0.190 (10 seeds)", True)
-    assert ratio_at_most("focus", "focus", ACCURACY, 1.0, own=ACCURACY)(found).measured == "1.000 (10 seeds)"
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.group}: {target.wanted}")
-def test_targets_are_of_groups_that_exist(target: Target) -> None:
-    assert GROUPS[target.group].claim in (target.claim, 2)
-    assert target.judge({}) is None

@@ -1,9 +1,12 @@
 """Every generator of the evidence against the definition of its task."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from hf_focus.errors import FocusConfigError
+from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_spans import span_counts, span_scores, spans_of
 from hf_focus.evidence_tasks import TASKS, find_task
 from hf_focus.evidence_types import IGNORED, Batch
@@ -21,9 +24,11 @@ def test_same_seed_same_examples_of_the_declared_sizes(name: str) -> None:
     assert torch.equal(first.labels, again.labels)
     assert not torch.equal(first.input_ids, other.input_ids)
     assert first.input_ids.shape == first.labels.shape == first.groups.shape
-    # Some draw how long a batch is
+    # Some draw how long a batch is, some batches are fewer and longer examples
     longest = task.length(**task.settings)
-    assert first.input_ids.shape == (16, longest) or (task.settings.get("vary") and first.input_ids.shape[1] < longest)
+    size, length = first.input_ids.shape
+    as_many = "long_share" in task.settings and size * length == 16 * longest
+    assert (size, length) == (16, longest) or as_many or (task.settings.get("vary") and length < longest)
     assert first.input_ids.min() >= 0
     assert first.input_ids.max() < task.vocabulary(**task.settings)
     asked = first.labels != IGNORED
@@ -245,3 +250,36 @@ def test_spans_and_their_scores() -> None:
     assert found["f1"] == pytest.approx(2 / 5)
     assert found["boundary_errors_per_span"] == pytest.approx((1 + 2) / 3)
     assert span_scores(span_counts([0] * 9, right))["boundary_errors_per_span"] == 2
+
+
+def test_a_share_of_the_long_text_is_of_the_longest_windows() -> None:
+    always, never = (batch("long text", megabytes=0.2, long_share=share) for share in (1.0, 0.0))
+    assert always.input_ids.shape == (2, 8192)
+    assert never.input_ids.shape == (16, 1024)
+    assert torch.equal(always.labels[:, :-1], always.input_ids[:, 1:])
+
+
+def test_text_of_any_file(tmp_path: Path) -> None:
+    rows = [{"id": n, "body": f"{n:04} " * 20} for n in range(100)]
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"dataset": str(path), "text_column": "body", "length": 64}
+    found, held_out = (batch("text", part=part, **settings) for part in ("train", "held_out"))
+    numbers = [
+        {
+            int(bytes(ids)[at : at + 4])
+            for ids in ids_of.tolist()
+            for at in range(60)
+            if bytes(ids)[at : at + 4].isdigit()
+        }
+        for ids_of in (found.input_ids, held_out.input_ids)
+    ]
+    assert numbers[0]
+    assert numbers[1]
+    assert not numbers[0] & numbers[1]
+    with pytest.raises(FocusDataError, match="text_column"):
+        batch("text", **{**settings, "text_column": "title"})
+    with pytest.raises(FocusDataError, match="more than"):
+        batch("text", **{**settings, "length": 10**5})
+    with pytest.raises(FocusDataError, match="existing file"):
+        batch("text", dataset="nothing.txt")

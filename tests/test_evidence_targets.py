@@ -1,0 +1,72 @@
+"""Targets: judged by the rows alone."""
+
+import pytest
+
+from hf_focus.evidence_groups import GROUPS
+from hf_focus.evidence_plan import ACCURACY, STEPS
+from hf_focus.evidence_targets import (
+    TARGETS,
+    Target,
+    Verdict,
+    better_by,
+    fewer_solved,
+    keeps,
+    ratio_at_most,
+    solved_share,
+    stays_below,
+)
+
+
+def rows(solved: list[bool], accuracy: list[float]) -> dict[int, dict[str, object]]:
+    return {
+        seed: {"steps": 100, "steps_to_solved": 10 if s else None, "results": {"train": {"accuracy": a}}}
+        for seed, (s, a) in enumerate(zip(solved, accuracy, strict=True))
+    }
+
+
+FOUND = {
+    "focus": rows([True] * 9 + [False], [0.9, 0.91, 0.92, 0.93, 0.94] * 2),
+    "plain": rows([False] * 10, [0.5] * 10),
+}
+SAME = "92.0 [90.9, 93.1]"
+
+
+def test_targets_are_judged_by_the_rows() -> None:
+    wanted = Verdict("9 of 10 solved", "0 of 10 solved", "90%", 10, True)
+    assert solved_share("focus", "plain", 0.9)(FOUND) == wanted
+    assert solved_share("focus", "plain", 0.95)(FOUND).reached is False
+    assert solved_share("other", "plain", 0.9)(FOUND) is None
+    assert fewer_solved("focus", "plain")(FOUND).measured == "+9 seeds"
+    assert fewer_solved("plain", "focus")(FOUND).reached is False
+    assert stays_below("focus", "plain", ACCURACY, 51)(FOUND).reached
+    assert not stays_below("focus", "plain", ACCURACY, 50)(FOUND).reached
+    assert better_by("focus", "plain", ACCURACY, 20)(FOUND).reached
+    assert not better_by("focus", "plain", ACCURACY, 50)(FOUND).reached
+    assert not better_by("plain", "focus", ACCURACY)(FOUND).reached
+    told = Verdict(f"{SAME} of {SAME}", "50.0 of 50.0", "100% against 100%", 10, True)
+    assert keeps("focus", "plain", ACCURACY, ACCURACY, 1.0, 1.0)(FOUND) == told
+    assert not keeps("focus", "plain", ACCURACY, ACCURACY, 1.01)(FOUND).reached
+    # Nine rows in 10 steps and one in 100, against 100 each
+    found = ratio_at_most("focus", "plain", STEPS, 0.5)(FOUND)
+    assert (found.measured, found.theirs, found.reached) == ("× 0.190", "100.0", True)
+    assert not ratio_at_most("focus", "plain", STEPS, 0.18)(FOUND).reached
+
+
+def test_few_seeds_decide_nothing() -> None:
+    few = {variant: {seed: FOUND[variant][seed] for seed in range(3)} for variant in FOUND}
+    for judge in (
+        solved_share("focus", "plain", 0.9),
+        fewer_solved("focus", "plain"),
+        stays_below("focus", "plain", ACCURACY, 51),
+        better_by("focus", "plain", ACCURACY),
+        keeps("focus", "plain", ACCURACY, ACCURACY, 0.5),
+        ratio_at_most("focus", "plain", STEPS, 0.5),
+    ):
+        assert judge(FOUND).reached
+        assert judge(few).reached is None
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.group}: {target.question}")
+def test_targets_are_of_groups_that_exist(target: Target) -> None:
+    assert GROUPS[target.group].claim in (target.claim, 2)
+    assert target.judge({}) is None
