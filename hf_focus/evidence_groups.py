@@ -15,10 +15,10 @@ BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 # Where two sides are seen, or one number a key: what the local branch's parts add
 PARTS = ("focus", "plain", "hybrid", "log-n", "no refiner", "static span")
 SCREENED = (
-    "focus", "both, start 1", "read-out from both", "local start 1", "soft start", "eager start", "no refiner",
-    "long span", "fixed span", "static span", "anchored", "bias 2", "no stop", "relative stop", "focus rate 3",
-    "seed temperature", "fixed temperature", "last", "additive", "additive, last", "1 iteration", "2 iterations",
-    "10 iterations", "soft, both", "soft, both, start 1", "hybrid",
+    "focus", "no refiner", "refiner of the seed", "refiner of the loss", "fixed span", "static span", "long span",
+    "1 iteration", "2 iterations", "10 iterations", "last", "additive", "additive, last", "anchored", "hard start",
+    "even start", "read-out from both", "local start 1", "bias 2", "no stop", "relative stop", "seed temperature",
+    "fixed temperature", "focus rate 3", "hybrid",
 )  # fmt: skip
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
 LONG_BITS = Measure(
@@ -67,10 +67,10 @@ def _k_step(name: str, largest: int, variants: tuple[str, ...], title: str, **ch
         claim=4,
         title=title,
         task="k-step",
-        settings={"steps": largest},
+        settings={"steps": largest, "queries": 8, "joint": True},
         variants=variants,
         measures=(ACCURACY, STEPS, *by_k),
-        **{"batch": 128, "steps": 2500, "until_solved": True, **changes},
+        **{"sizes": {"width": 128, "heads": 4}, "rates": GRID, "steps": 3000, "until_solved": True, **changes},
     )
 
 
@@ -108,12 +108,13 @@ GROUPS: dict[str, Group] = {
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
                (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS, batch=16),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
-        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10, steps=5000),
-        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", steps=5000,
-                sizes=TWO_LAYERS),
-        _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus"),
+        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10, steps=8000),
+        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", steps=8000,
+                sizes={"width": 128, "heads": 4, "layers": 2}),
+        _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
+                rates=(3e-3,)),
         _k_step("k-step-5-ablations", 5, SCREENED, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
-                steps=5000),
+                rates=(3e-3,), steps=8000),
         _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),
         _tuned("dyck", 4, "Dyck-(4, 5)", "dyck",
                (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
@@ -139,7 +140,7 @@ QUICK: dict[str, Group] = {
         "recall": {"steps": 250},
         "max-retrieval": {"steps": 250},
         "entity-spans": {"steps": 100},
-        "k-step-3": {"steps": 600, "batch": 64},
+        "k-step-3": {"steps": 600},
         "dyck": {"steps": 150},
         "sparsity": {"steps": 20, "batch": 2, "examples": 4, "variants": ("focus, near", "plain")},
         "text": {"steps": 40, "batch": 8},

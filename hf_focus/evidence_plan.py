@@ -135,14 +135,14 @@ class Group:
         """Variant -> learning rate: the one with the best mean of the first measure on the tuning seeds; the first one
         while there are none of them. Of equals the first."""
         measure, chosen = self.measures[0], {}
-        tuning = [record for row in self.tuning_rows() if (record := find_record(row, finished)) is not None]
         for variant in self.variants:
             scores: dict[float, list[float]] = {}
-            for record in tuning:
-                value = measure.read(record)
-                if record["variant"] == variant and value is not None:
-                    scores.setdefault(record["lr"], []).append(-value if measure.lower_is_better else value)
-            means = {lr: sum(values) / len(values) for lr, values in scores.items() if lr in self.rates}
+            for row in self.tuning_rows():
+                record = find_record(row, finished) if row.variant == variant else None
+                value = None if record is None else measure.read(record)
+                if value is not None:
+                    scores.setdefault(row.lr, []).append(-value if measure.lower_is_better else value)
+            means = {lr: sum(values) / len(values) for lr, values in scores.items()}
             chosen[variant] = max(self.rates, key=lambda lr: means.get(lr, -math.inf))
         return chosen
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .evidence_groups import GROUPS
 from .evidence_plan import STEPS, TUNING_SEEDS, Group, Measure
-from .evidence_run import is_done, read_rows
+from .evidence_run import find_record, read_rows
 from .evidence_statistics import difference, show
 from .evidence_targets import TARGETS, Verdict, shown
 from .evidence_tasks import find_task
@@ -50,14 +50,16 @@ def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Reco
     """Variant -> seed -> record, of the rows that count in a group and are there."""
     records = list(records)
     rates = group.choose_rates(records)
-    found: dict[str, dict[int, Record]] = {variant: {} for variant in group.variants}
-    for record in records:
-        variant, seed = record["variant"], record["seed"]
-        known = variant in found and seed not in TUNING_SEEDS
-        if known and is_done(group.row(variant, seed, rates[variant]), [record]):
-            found[variant][seed] = record
     # In the order of the seeds, whatever order they were measured in
-    return {variant: dict(sorted(rows.items())) for variant, rows in found.items()}
+    seeds = sorted({record["seed"] for record in records} - set(TUNING_SEEDS))
+    found = {
+        variant: {seed: find_record(group.row(variant, seed, rates[variant]), records) for seed in seeds}
+        for variant in group.variants
+    }
+    return {
+        variant: {seed: record for seed, record in rows.items() if record is not None}
+        for variant, rows in found.items()
+    }
 
 
 def report(folder: Path, groups: Mapping[str, Group] = GROUPS) -> str:

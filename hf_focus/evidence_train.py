@@ -27,7 +27,8 @@ SOLVED = 0.99
 
 @dataclass(frozen=True)
 class Row:
-    """What one row is: rows that are equal are the same measurement.
+    """What one row is. Rows of equal `key` are the same measurement, also those of two variants that have come to be
+    the same, as when a default changes.
 
     Args:
         task, variant: names in their tables.
@@ -55,13 +56,15 @@ class Row:
 
     @property
     def key(self) -> dict[str, Any]:
-        """The row in plain JSON values, with every setting of FocusA that it stands for."""
+        """The row in plain JSON values: what it measures, whatever its variant is called."""
         task = find_task(self.task)
         values = asdict(self)
         values["settings"] = task.with_settings(self.settings)
         values["sizes"] = asdict(Sizes(**self.sizes))
         variant = find_variant(self.variant)
         values["focus"] = focus_settings(task, values["settings"], variant)
+        del values["variant"]
+        values["attention"], values["more_layers"] = variant.attention, variant.more_layers
         values["frozen"] = list(variant.frozen)
         values["focus_rate"] = variant.focus_rate
         return values
@@ -78,9 +81,9 @@ def run_row(
         progress: called now and then with a line of text.
 
     Returns:
-        `row.key`, and: parameters; cost: `count_flops` and, of causal models, `keys_read`, see `Task.cost_on`; loss of
-        the last 100 steps; results: test set -> what `measure` gives; curve: pairs of step and least accuracy of a
-        group; steps_to_solved (None: never); steps_made; seconds; versions.
+        variant; `row.key`; parameters; cost: `count_flops` and, of causal models, `keys_read`, see `Task.cost_on`;
+        loss of the last 100 steps; results: test set -> what `measure` gives; curve: pairs of step and least accuracy
+        of a group; steps_to_solved (None: never); steps_made; seconds; versions.
     """
     started = time.perf_counter()
     model, losses, curve, solved_at = train(row, device, progress)
@@ -97,6 +100,7 @@ def run_row(
             inputs = model_inputs(one, task)
             results[name]["spread"] = measure_attention(model, [inputs.pop("input_ids")], **inputs)
     return {
+        "variant": row.variant,
         **row.key,
         "parameters": count(model),
         "cost": _cost(model, task, settings, device),

@@ -73,6 +73,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     "last": Variant("read-out last", {"readout": "last"}),
     "no refiner": Variant("no refiner", {"refiner": False}),
+    "refiner of the seed": Variant(
+        "refiner with the seed's reward and exploration", {"refiner": True, "reward": "seed", "epsilon": 0.1}
+    ),
+    "refiner of the loss": Variant(
+        "refiner that learns from the loss", {"refiner": True, "reward": "loss", "epsilon": 0.01}
+    ),
     "static span": Variant("no predictor: static learned span a head", {"refiner": False}, frozen=_STATIC),
     "fixed span": Variant("no predictor: fixed longest span", {"refiner": False, "initial_span": 0.99}, frozen=_FIXED),
     "seed temperature": Variant("temperature of the seed", {"temperature": "seed"}),
@@ -85,26 +91,8 @@ VARIANTS: dict[str, Variant] = {
     "focus rate 3": Variant("learning rate of FocusA × 3", {}, focus_rate=3.0),
     "read-out from both": Variant("read-out from query and global output", {"readout_from": "both"}),
     "local start 1": Variant("local output at full weight from the start", {"local_start": 1.0}),
-    "soft start": Variant("next queries start at 0.3 of the size", {"gain_start": 0.3}),
-    "eager start": Variant("next queries start as 0.9 of what is fed back", {"mix_start": 0.9}),
-    "both, start 1": Variant(
-        "read-out from both, local start 1, long span, no refiner",
-        {"readout_from": "both", "local_start": 1.0, "initial_span": 0.99, "refiner": False},
-    ),
-    "soft, both": Variant(
-        "soft start, read-out from both, long span, no refiner",
-        {"gain_start": 0.3, "readout_from": "both", "initial_span": 0.99, "refiner": False},
-    ),
-    "soft, both, start 1": Variant(
-        "soft start, read-out from both, local start 1, long span, no refiner",
-        {
-            "gain_start": 0.3,
-            "readout_from": "both",
-            "local_start": 1.0,
-            "initial_span": 0.99,
-            "refiner": False,
-        },
-    ),
+    "hard start": Variant("next queries start at the size of the first", {"gain_start": 1.0}),
+    "even start": Variant("next queries start as half of what is fed back", {"mix_start": 0.5}),
     "long span": Variant("spans start at the longest", {"initial_span": 0.99}),
 }
 
