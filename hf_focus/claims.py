@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import FocusConfigError, FocusDataError, bad_value
@@ -20,6 +21,28 @@ ATTENDED = 1e-3
 # The text that numbers are hidden in (passkey retrieval, 2305.16300)
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 DIGITS = 5
+# What the measures say, for who reads them
+MEANINGS = {
+    "entropy": "nats: how widely a query's attention is spread",
+    "entropy_share": "entropy / log n: 1 all keys alike (dispersed), 0 a single key",
+    "effective_tokens": "exp(entropy): keys that share the attention",
+    "attended": f"share of the visible keys with a weight above {ATTENDED:g}",
+    "rank_residual": "of the last layer's tokens: 0 all have become alike (rank collapse)",
+    "rank_residual_ratio": "the same, as a share of that of the first layer's input",
+    "local_span": "mean span, in tokens",
+    "local_entropy": "as entropy, of the local branch",
+    "local_effective_tokens": "as effective_tokens, of the local branch",
+    "local_coverage": "share of the keys in the span with a weight above coverage_threshold",
+    "local_iterations": "mean attentions that a query made",
+}
+
+
+def meaning(name: str) -> str:
+    """What a measure says, in a line; `passkey_512` and its like: a hidden number found in so many tokens."""
+    kind, _, length = name.rpartition("_")
+    if kind == "passkey":
+        return f"share of the numbers hidden in {length} tokens that are told right"
+    return MEANINGS[name]
 
 
 def attention_spread(weights: Tensor, visible: Tensor | None = None) -> dict[str, Tensor]:
@@ -56,7 +79,9 @@ def rank_residual(hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor], **inputs: Any) -> dict[str, float]:
+def measure_attention(
+    model: PreTrainedModel, sequences: Iterable[Tensor], *, show_progress: bool = False, **inputs: Any
+) -> dict[str, float]:
     """Spread of attention and collapse of ranks, means over layers, heads and tokens.
 
     Needs the attention weights: the model runs with eager attention, T × T a head, for this. Of a model with FocusA
@@ -65,6 +90,7 @@ def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor], **inp
     Args:
         model: encoder or decoder; its mode and attention are restored.
         sequences: token ids (1, T) without padding.
+        show_progress: a progress bar.
         inputs: what else the model is called with.
 
     Returns:
@@ -78,7 +104,7 @@ def measure_attention(model: PreTrainedModel, sequences: Iterable[Tensor], **inp
     sums: dict[str, float] = {}
     count = 0
     with _eager(model):
-        for ids in sequences:
+        for ids in tqdm(sequences, desc="Measuring attention", leave=False, disable=not show_progress):
             for name, value in _measure_one(model, ids.to(model.device), inputs).items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
@@ -136,6 +162,7 @@ def passkey_accuracy(
     lengths: Sequence[int],
     examples: int = 10,
     seed: int = 0,
+    show_progress: bool = False,
 ) -> dict[str, float]:
     """Share of hidden numbers that a causal model gets right, every token of them, at some lengths of text.
 
@@ -144,6 +171,7 @@ def passkey_accuracy(
     Args:
         lengths: of the whole prompt, in tokens, about; those that are too short for a prompt are left out.
         examples: numbers at each length.
+        show_progress: a progress bar.
 
     Returns:
         `passkey_<length>` -> share.
@@ -153,7 +181,7 @@ def passkey_accuracy(
     device = next(model.parameters()).device
     for length in lengths:
         right, fits = 0, True
-        for _ in range(examples):
+        for _ in tqdm(range(examples), desc=f"Hidden in {length}", leave=False, disable=not show_progress):
             ids, start = _passkey_prompt(tokenizer, length, random)
             fits = ids is not None
             if not fits:
@@ -192,6 +220,7 @@ def measure_claims(
     texts: Sequence[str],
     max_tokens: int = 512,
     causal: bool = True,
+    show_progress: bool = False,
 ) -> dict[str, Any]:
     """Everything of this module on some texts: `measure_attention`, and `passkey_accuracy` of a causal model at an
     eighth, a half and all of `max_tokens`.
@@ -199,10 +228,12 @@ def measure_claims(
     Args:
         texts: of any length; their first `max_tokens` tokens are read.
         causal: whether the model predicts the next token.
+        show_progress: progress bars.
     """
     encoded = (tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt") for text in texts)
     sequences = (item["input_ids"] for item in encoded if item["input_ids"].numel() > 1)
-    results: dict[str, Any] = measure_attention(model, sequences)
+    results: dict[str, Any] = measure_attention(model, sequences, show_progress=show_progress)
     if causal:
-        results |= passkey_accuracy(model, tokenizer, [max_tokens // 8, max_tokens // 2, max_tokens])
+        lengths = [max_tokens // 8, max_tokens // 2, max_tokens]
+        results |= passkey_accuracy(model, tokenizer, lengths, show_progress=show_progress)
     return results

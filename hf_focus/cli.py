@@ -177,6 +177,7 @@ def evaluate(argv: Sequence[str]) -> None:
             --dataset stanfordnlp/imdb --eval-split test --max-eval-examples 1000
     """
     from .arguments import DataArguments, ModelArguments
+    from .claims import meaning
     from .scoring import evaluate_saved
     from .scoring_claims import evaluate_claims
     from .tasks import TASKS
@@ -213,12 +214,14 @@ def evaluate(argv: Sequence[str]) -> None:
             show_progress=True,
         )
     if args.claims:
-        metrics |= evaluate_claims(model_args, data, args.task, args.cpu)
+        metrics |= evaluate_claims(model_args, data, args.task, args.cpu, show_progress=True)
     if args.json:
         # JSON has no infinity
         print(json.dumps({name: value if isfinite(value) else None for name, value in metrics.items()}))
     else:
-        print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+        for name, value in metrics.items():
+            told = f"  ({meaning(name.removeprefix('claim_'))})" if name.startswith("claim_") else ""
+            print(f"{name} {value:.6g}{told}")
 
 
 def inspect(argv: Sequence[str]) -> None:

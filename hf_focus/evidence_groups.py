@@ -132,18 +132,18 @@ GROUPS: dict[str, Group] = {
                variants=("focus", "plain", "hybrid", "no refiner"), pretrain=1000, steps=1000),
     )
 }  # fmt: skip
-_SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 2, "batch": 32, "examples": 64}
+_SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}
 # Under ten minutes on two cores: whether everything works, and a first look; too short and too few seeds to decide
 QUICK: dict[str, Group] = {
     name: replace(GROUPS[name], **{**_SMALL, **changes})
     for name, changes in {
         "recall": {"steps": 250},
-        "max-retrieval": {"steps": 250},
-        "entity-spans": {"steps": 100},
-        "k-step-3": {"steps": 600},
+        "max-retrieval": {"steps": 250, "seeds": 2},
+        "entity-spans": {"steps": 80},
+        "k-step-3": {"steps": 600, "seeds": 2},
         "dyck": {"steps": 150},
         "sparsity": {"steps": 20, "batch": 2, "examples": 4, "variants": ("focus, near", "plain")},
-        "text": {"steps": 40, "batch": 8},
+        "text": {"steps": 40, "batch": 8, "examples": 16},
     }.items()
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -10,13 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .evidence_train import Row, train
+from .evidence_variants import Sizes
 from .inspection import attention_weights, inspect_model, observe_problems
 from .stdlib_text import is_held_out, stdlib_files
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE = "MAP.md"
-SENTENCE = "def write_text(self, data, encoding=None):"
+# A name that comes again, so that there is something to find
+SENTENCE = "for name in names: print(name)"
 TEXTS, TOKENS = 8, 256
-ROW = Row("text", "focus", sizes={"layers": 2, "width": 128, "heads": 4}, lr=1e-3, steps=2000, batch=16)
+# A few minutes on two cores
+ROW = Row("text", "focus", sizes={"layers": 2, "width": 64, "heads": 4}, lr=3e-3, steps=800, batch=8, examples=16)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,23 +62,52 @@ def iteration_weights(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def draw_iterations_on(weights: Tensor, tokens: list[str], title: str) -> Any:
-    """One layer's attention on a sentence: a row a head, a column an iteration. weights: (iterations, H, T, S)."""
+def moved(weights: Tensor) -> Tensor:
+    """Share of each head's attention that is elsewhere after the last iteration than after the first, means over the
+    queries: (iterations, H, T, S) -> (H,)."""
+    return (weights[-1] - weights[0]).abs().sum(-1).mean(-1) / 2
+
+
+def draw_attention(weights: dict[str, Tensor], tokens: list[str]) -> "Figure":
+    """A row a layer, its head that moves most; a column an iteration. weights: as `iteration_weights` gives them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    iterations, heads = weights.shape[:2]
-    figure = Figure(figsize=(2.6 * iterations, 2.6 * heads), layout="constrained")
+    iterations = max(found.shape[0] for found in weights.values())
+    figure = Figure(figsize=(3 * iterations, 3.2 * len(weights)), layout="constrained")
     FigureCanvasAgg(figure)
-    for head, row in enumerate(figure.subplots(heads, iterations, squeeze=False)):
+    for row, (name, found) in zip(
+        figure.subplots(len(weights), iterations, squeeze=False), weights.items(), strict=True
+    ):
+        shares = moved(found)
+        head = int(shares.argmax())
         for number, axes in enumerate(row):
             # The root, as small weights would be lost among the few large ones
-            axes.imshow(weights[number, head].float().sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-            axes.set_title(f"head {head}, iteration {number + 1}", fontsize=7)
-            axes.set_xticks([])
-            axes.set_yticks(range(len(tokens)), tokens if number == 0 else [""] * len(tokens), fontsize=4)
-    figure.suptitle(title, fontsize=9)
+            axes.imshow(found[number, head].float().sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+            axes.set_title(f"iteration {number + 1}", fontsize=10, loc="left")
+            axes.set_xticks(range(len(tokens)), tokens, fontsize=6.5, family="monospace")
+            axes.set_yticks(range(len(tokens)), tokens, fontsize=6.5, family="monospace")
+            axes.tick_params(length=0, pad=1)
+            axes.spines[:].set_visible(False)
+        row[0].set_title(
+            f"{name.removesuffix('.self_attn')}, head {head}: {shares[head]:.0%} of its weight moves\niteration 1",
+            fontsize=10,
+            loc="left",
+        )
     return figure
+
+
+CAPTIONS = {
+    "spans": "How far the heads look. Left: mean span of each head, in bytes. Right: the spread over the bytes of the"
+    " text: dot the median, thick line the middle half, thin line 90%. A long line is a span that depends on the"
+    " byte.",
+    "entropy": "How sharp the last local attention is, by the number of bytes that there were to see. The dashed line"
+    " is attention to all of the span alike; far below it, a few bytes get all the weight, however many there are.",
+    "iterations": "How many attentions the queries make before their output stops changing, and how much each of them"
+    " adds to what is read out.",
+    "refiner": "The refiner's table. Left: how often it chooses each correction of the span. Right: what it has"
+    " learned that each is worth, means over the states that it has been in.",
+}
 
 
 def write_map(
@@ -83,40 +118,49 @@ def write_map(
     Returns:
         The page.
     """
+    return draw_map(train(row, device, progress)[0], output, row)
+
+
+def draw_map(model: PreTrainedModel, output: Path, row: Row) -> Path:
+    """The page of a model that reads bytes, see `write_map`."""
     from .inspection_pictures import draw_entropy, draw_iterations, draw_refiner, draw_spans
 
-    model = train(row, device, progress)[0]
-    tokenizer = byte_tokenizer()
     texts = [text for name, text in stdlib_files() if is_held_out(name)][:TEXTS]
-    found = inspect_model(model, tokenizer, texts, max_tokens=TOKENS, num_maps=0)
-    pictures = {"spans": draw_spans, "entropy": draw_entropy, "iterations": draw_iterations}
+    found = inspect_model(model, byte_tokenizer(), texts, max_tokens=TOKENS, num_maps=0)
+    draws = {"spans": draw_spans, "iterations": draw_iterations, "entropy": draw_entropy}
     if model.focus_config.refiner:
-        pictures["refiner"] = draw_refiner
+        draws["refiner"] = draw_refiner
     output.mkdir(parents=True, exist_ok=True)
+    sizes = Sizes(**row.sizes)
     lines = [
         "# A map of what FocusA does",
-        f"A byte-level Llama of {model.num_parameters():,} parameters, {row.sizes}, trained for {row.steps} steps of"
-        f" {row.batch} windows of the standard library's source (seed {row.seed}, learning rate {row.lr:g}), measured"
-        f" on {found.tokens:,} bytes of held-out files. `python scripts/evidence.py --map` makes this page.",
+        f"Inside a Llama that reads bytes: {sizes.layers} layers of {sizes.heads} heads, {model.num_parameters():,}"
+        f" parameters, trained for {row.steps:,} steps on the source of Python's standard library (seed {row.seed}),"
+        f" measured on {found.tokens:,} bytes of other files. `python scripts/evidence.py --map` makes this page.",
     ]
-    for name, draw in pictures.items():
-        draw(found).savefig(output / f"map-{name}.png", dpi=70)
-        lines.append(f"## {name.capitalize()}\n\n![{name}](map-{name}.png)")
     ids = torch.tensor([list(SENTENCE.encode())])
-    lines.append(f"## Attention after each iteration\n\n`{SENTENCE}`, a row a query, the root of each weight.")
-    for number, (name, weights) in enumerate(iteration_weights(model, ids).items()):
-        picture = f"map-attention-{number}.png"
-        draw_iterations_on(weights, list(SENTENCE), name).savefig(output / picture, dpi=70)
-        lines.append(f"![{name}]({picture})")
+    _save(draw_attention(iteration_weights(model, ids), list(SENTENCE)), output / "map-attention.png")
+    lines.append(
+        f"## Attention after each iteration\n\nThe local attention on `{SENTENCE}`: a row is the byte that asks, a"
+        " column a byte that it sees, darker is more weight (its root is drawn). Of each layer the head whose"
+        " attention moves most is shown. A query that has stopped keeps its last attention.\n\n"
+        "![Attention after each iteration](map-attention.png)"
+    )
+    for name, draw in draws.items():
+        _save(draw(found), output / f"map-{name}.png")
+        lines.append(f"## {name.capitalize()}\n\n{CAPTIONS[name]}\n\n![{name}](map-{name}.png)")
     refiners = [(layer.name, layer.refiner) for layer in found.layers if layer.refiner is not None]
-    if refiners:
-        lines.append("## The refiner's table")
-        header = "| layer | updates | states visited | mean of the table for each action, span × 0 … × 1 |"
-        rows = [
-            f"| {name} | {r.updates} | {r.states_visited:,} | {', '.join(f'{v:.3f}' for v in r.action_values)} |"
-            for name, r in refiners
-        ]
-        lines.append("\n".join([header, "| --- | --- | --- | --- |", *rows]))
+    rows = [
+        f"| {name} | {r.updates:,} | {r.states_visited:,} of 10,000 | {r.mean_change:.3f} | {r.largest_change:.3f} |"
+        for name, r in refiners
+    ]
+    if rows:
+        header = ["| layer | updates | states visited | mean change of an entry | largest |", "| --- " * 5 + "|"]
+        lines.append("\n".join([*header, *rows]))
     page = output / PAGE
     page.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return page
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    figure.savefig(path, dpi=75)

@@ -1,10 +1,12 @@
 """The report page: tables of means, intervals and tests, from the rows in the JSON lines files and nothing else."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .evidence_groups import GROUPS
+from .evidence_map import PAGE as MAP
 from .evidence_plan import STEPS, TUNING_SEEDS, Group, Measure
 from .evidence_run import find_record, read_rows
 from .evidence_statistics import difference, show
@@ -63,12 +65,16 @@ def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Reco
 
 
 def report(folder: Path, groups: Mapping[str, Group] = GROUPS) -> str:
-    """The whole page, in markdown, from the results of `groups` in `folder`."""
+    """The whole page, in markdown, from the results of `groups` in `folder`, and the map beside it."""
     found = {name: counted(group, read_rows(folder / group.file)) for name, group in groups.items()}
     parts = [TITLE, "## At a glance", summary(found), METHOD]
     for claim, title in CLAIMS.items():
         mine = [section(group, found[name]) for name, group in groups.items() if group.claim == claim]
         parts += [f"## {claim}. {title}", *(list(filter(None, mine)) or ["Not measured yet."])]
+    drawn = folder.parent / MAP
+    if drawn.is_file():
+        # A level lower, as a part of this page
+        parts.append(re.sub("^#", "##", drawn.read_text(encoding="utf-8"), flags=re.MULTILINE))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

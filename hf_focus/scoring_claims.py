@@ -10,7 +10,11 @@ from .preparation import Source, find_block_size, find_source
 
 
 def evaluate_claims(
-    model_args: ModelArguments, data_args: DataArguments, task_name: str = "causal-lm", cpu: bool = False
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    task_name: str = "causal-lm",
+    cpu: bool = False,
+    show_progress: bool = False,
 ) -> dict[str, float]:
     """Load a model, with FocusA or without, and measure it with `measure_claims`.
 
@@ -20,6 +24,7 @@ def evaluate_claims(
             named: source files of Python's standard library.
         task_name: a task of `tasks.TASKS`; a hidden number is asked for where it is `causal-lm`.
         cpu: run on the CPU even where there is a GPU.
+        show_progress: progress bars.
 
     Returns:
         `claim_<name>` -> value.
@@ -29,5 +34,5 @@ def evaluate_claims(
     model = load_model(model_args.model_name_or_path, None, model_args.revision, model_args.trust_remote_code)
     model.to(device="cuda" if torch.cuda.is_available() and not cpu else "cpu", dtype=getattr(torch, model_args.dtype))
     size = find_block_size(data_args.block_size, Source(model.config, tokenizer))
-    found = measure_claims(model, tokenizer, texts, size, task_name == "causal-lm")
+    found = measure_claims(model, tokenizer, texts, size, task_name == "causal-lm", show_progress)
     return {f"claim_{name}": value for name, value in found.items()}

@@ -3,10 +3,12 @@
     python scripts/evidence.py --quick                   # a little of everything, under ten minutes on two cores
     python scripts/evidence.py                           # all rows (days on two cores); stop and start again at will
     python scripts/evidence.py k-step-3 --minutes 60     # one table, for an hour
+    python scripts/evidence.py --dataset book.txt text   # other text: a file, a folder, or a data set of the Hub
     python scripts/evidence.py --map                     # pictures of spans, attention and refiner, on real text
-    python scripts/evidence.py --report                  # only the report, from the results that are there
+    python scripts/evidence.py --report                  # only the report, from the results that there are
 
-Results go to scripts/evidence/results, one JSON object a row, the page to scripts/evidence/REPORT.md.
+Results go to scripts/evidence/results, one JSON object a row, the page to scripts/evidence/REPORT.md; those of --quick
+and of other text to folders of their own in outputs/. Needs hf_focus[evidence].
 """
 
 import sys

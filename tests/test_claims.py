@@ -8,7 +8,15 @@ from small_runs import byte_tokenizer, tiny_bert_classifier, tiny_llama
 from tiny import randomize
 
 from hf_focus import apply_focus
-from hf_focus.claims import attention_spread, measure_attention, measure_claims, passkey_accuracy, rank_residual
+from hf_focus.claims import (
+    MEANINGS,
+    attention_spread,
+    meaning,
+    measure_attention,
+    measure_claims,
+    passkey_accuracy,
+    rank_residual,
+)
 from hf_focus.errors import FocusDataError
 
 IDS = torch.arange(10, 40)[None]
@@ -40,6 +48,7 @@ def test_measuring_attention_leaves_the_model_as_it_was(focus: bool) -> None:
         randomize(apply_focus(model, max_span=8, ramp=3))
     before = model.config._attn_implementation
     found = measure_attention(model, [IDS, IDS[:, :20]])
+    assert set(found) <= set(MEANINGS)
     assert (model.config._attn_implementation, model.training) == (before, True)
     assert 0 < found["entropy_share"] <= 1
     assert found["effective_tokens"] >= 1
@@ -88,4 +97,6 @@ def test_a_hidden_number_is_found_by_a_model_that_copies_it() -> None:
 def test_all_of_them_on_text() -> None:
     found = measure_claims(tiny_llama(), byte_tokenizer(), ["A short text.", "Another one."], max_tokens=32)
     assert found["rank_residual"] > 0
+    assert all(meaning(name) for name in found)
+    assert "512 tokens" in meaning("passkey_512")
     assert not any(name.startswith("passkey") for name in found)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from hf_focus import record_focus
-from hf_focus.evidence_map import ROW, byte_tokenizer, iteration_weights, write_map
+from hf_focus.evidence_map import ROW, byte_tokenizer, iteration_weights, moved, write_map
+from hf_focus.evidence_report import report
 from hf_focus.evidence_train import train
 
 SMALL = replace(ROW, settings={"length": 16, "megabytes": 0.1}, sizes={"width": 16}, steps=2, batch=2, examples=4)
@@ -37,7 +38,14 @@ def test_attention_after_each_iteration_sums_to_one_and_stays_once_a_query_stops
 
 def test_the_page_has_its_pictures(tmp_path: Path) -> None:
     page = write_map(tmp_path, SMALL).read_text()
-    for name in ("spans", "entropy", "iterations", "refiner", "attention-0"):
+    for name in ("spans", "entropy", "iterations", "refiner", "attention"):
         assert f"(map-{name}.png)" in page
-        assert (tmp_path / f"map-{name}.png").stat().st_size > 1000
-    assert "| model.layers.0.self_attn | 2 |" in page or "| 0 | 2 |" in page
+        assert 1000 < (tmp_path / f"map-{name}.png").stat().st_size < 150_000
+    assert "| model.layers.0.self_attn | 2 |" in page
+    assert "\n### Attention after each iteration\n" in report(tmp_path / "results")
+
+
+def test_what_moves_is_the_weight_that_is_elsewhere() -> None:
+    first, last = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
+    weights = torch.stack([first, first, last])[:, None]
+    assert moved(weights).tolist() == [0.75]
