@@ -48,6 +48,11 @@ _RULES = {
     "warmup_share": BELOW_ONE,
     "logging_steps": _COUNT,
     "eval_steps": optional(_COUNT),
+    "early_stopping_patience": optional(_COUNT),
+    "early_stopping_threshold": NON_NEGATIVE,
+    "greater_is_better": optional(BOOL),
+    "metric_for_best_model": _NAME,
+    "torch_compile_backend": _NAME,
     "save_steps": optional(_COUNT),
     "save_limit": optional(_COUNT),
     "num_processes": optional(_COUNT),
@@ -164,6 +169,7 @@ class DataArguments(_Checked):
         eval_files: local files to evaluate on. Default: a held-out share of the train files.
         eval_share: share held out for evaluation where nothing else is given; 0: no evaluation.
         sample_by: what one document of a .txt file is.
+        bad_lines: refuse a .jsonl file with a corrupt line, naming it, or leave such lines out.
         text_column: column of the text. Default: text, or the only column of strings.
         text_pair_column: column of the second text (sequence classification of pairs).
         label_column: column of the label (sequence classification).
@@ -188,6 +194,7 @@ class DataArguments(_Checked):
     eval_files: list[str] | None = None
     eval_share: float = 0.05
     sample_by: Literal["document", "paragraph", "line"] = "document"
+    bad_lines: Literal["error", "skip"] = "error"
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str = "label"
@@ -224,6 +231,8 @@ class TrainArguments(_Checked):
         schedule: schedule of the learning rate, after the warm-up.
         warmup_share: share of the steps in which the learning rate rises from 0.
         mixed_precision: type of the computation.
+        torch_compile: compile the model's forward and backward pass.
+        torch_compile_backend: the compiler's backend.
         cpu: run on the CPU even where there is a GPU.
         num_processes: fail unless this many processes run.
         num_workers: processes that prepare batches, for each training process.
@@ -231,7 +240,12 @@ class TrainArguments(_Checked):
         eval_steps: steps between evaluations. Default: only at the end.
         eval_at_start: evaluate before the first step too.
         save_steps: steps between checkpoints. Default: none.
-        save_limit: checkpoints to keep; the oldest go first.
+        save_limit: checkpoints to keep; the oldest go first, the best excepted.
+        load_best_model_at_end: save a checkpoint at every evaluation that is the best so far, and end with the best.
+        metric_for_best_model: result of the evaluation that says which is best.
+        greater_is_better: whether it is better when greater. Default: by the metric.
+        early_stopping_patience: stop after this many evaluations in a row that are not better. Default: never.
+        early_stopping_threshold: an evaluation is better if by more than this.
         report_to: trackers of accelerate, for example tensorboard.
         progress_bar: show a progress bar.
         push_to_hub: push the model, tokenizer and card to the Hub at the end, with the token that `hf auth login`
@@ -268,6 +282,8 @@ class TrainArguments(_Checked):
     ] = "cosine"
     warmup_share: float = 0.03
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
     cpu: bool = False
     num_processes: int | None = None
     num_workers: int = 0
@@ -276,6 +292,11 @@ class TrainArguments(_Checked):
     eval_at_start: bool = False
     save_steps: int | None = None
     save_limit: int | None = 2
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "loss"
+    greater_is_better: bool | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     report_to: list[str] | None = None
     progress_bar: bool = True
     push_to_hub: bool = False

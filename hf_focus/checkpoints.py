@@ -5,14 +5,18 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset
+from safetensors import SafetensorError
 
-from .errors import FocusResumeError, bad_value
+from .best import Best
+from .errors import FocusError, FocusOutputError, FocusResumeError, bad_value
 
 RUN_FILE = "run.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -21,11 +25,10 @@ DIGEST_ROWS = 256
 
 @dataclass
 class Progress:
-    """How far training is: optimizer steps made, passes finished, batches (of each process) taken of this pass."""
+    """How far training is: optimizer steps made, which say what of the data was read, and the best evaluation."""
 
     step: int = 0
-    epoch: int = 0
-    batches: int = 0
+    best: Best = field(default_factory=Best)
 
 
 def digest(rows: Dataset) -> str:
@@ -41,6 +44,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / RUN_FILE).is_file()]
 
 
+def checkpoint_of(output_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint at `step`."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def find_last(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint, if there is any."""
+    return next(reversed(list_checkpoints(output_dir)), None)
+
+
 def find_checkpoint(resume: str, output_dir: Path) -> Path:
     """The folder that `--resume` means.
 
@@ -48,10 +61,10 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path:
         FocusResumeError: it is no checkpoint, or there is none.
     """
     if resume == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
+        found = find_last(output_dir)
+        if found is None:
             raise FocusResumeError(bad_value("resume", resume, "an output_dir that holds a complete checkpoint"))
-        return found[-1]
+        return found
     path = Path(resume)
     if not (path / RUN_FILE).is_file():
         raise FocusResumeError(
@@ -72,7 +85,8 @@ def read_progress(checkpoint: Path, resume: str, run: dict[str, Any]) -> Progres
     """
     try:
         saved = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
-        theirs, progress = saved["run"], Progress(**saved["progress"])
+        theirs, progress = saved["run"], saved["progress"]
+        progress = Progress(progress["step"], Best(**progress["best"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FocusResumeError(bad_value("resume", resume, f"a checkpoint with a readable {RUN_FILE}")) from error
     ours = json.loads(json.dumps(run))
@@ -93,32 +107,71 @@ def _short(value: Any) -> str:
 def save_checkpoint(
     accelerator: Accelerator, output_dir: Path, progress: Progress, run: dict[str, Any], limit: int | None
 ) -> Path:
-    """Write `checkpoint-<step>` and remove the oldest beyond `limit`. Every process has to call it.
+    """Write `checkpoint-<step>` and remove the oldest beyond `limit`, the best one excepted. Every process calls it.
 
     It is written beside under another name and then renamed, so that a checkpoint of that name is always whole.
 
     Returns:
         its folder.
+
+    Raises:
+        FocusOutputError: it cannot be written. Earlier ones stay, and nothing of this one.
     """
-    target = output_dir / f"checkpoint-{progress.step}"
+    target = checkpoint_of(output_dir, progress.step)
     partial = output_dir / f"partial-{target.name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        text = json.dumps({"run": run, "progress": asdict(progress)}, indent=2)
-        (partial / RUN_FILE).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        # After going back to an earlier step, later ones may lie beside: the one just written stays in any case
-        others = [path for path in list_checkpoints(output_dir) if path != target]
-        for old in others[: max(0, len(others) + 1 - limit) if limit else 0]:
-            shutil.rmtree(old)
+    with name_failed_write(target, partial if accelerator.is_main_process else None):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            text = json.dumps({"run": run, "progress": asdict(progress)}, indent=2)
+            (partial / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+            _write_through(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            # After going back to an earlier step, later ones may lie beside: the one just written stays in any case
+            kept = (target, checkpoint_of(output_dir, progress.best.step))
+            others = [path for path in list_checkpoints(output_dir) if path != target]
+            for old in others[: max(0, len(others) + 1 - limit) if limit else 0]:
+                if old not in kept:
+                    shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
+
+
+@contextmanager
+def name_failed_write(target: Path, partial: Path | None = None) -> Iterator[None]:
+    """Whatever a library raises when a file cannot be written becomes one error; `partial` is removed then.
+
+    Raises:
+        FocusOutputError: naming `target` and the reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save has no error of its own
+        written = isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+        if not written or isinstance(error, FocusError):
+            raise
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+        reason = str(error).strip().partition("\n")[0]
+        raise FocusOutputError(
+            f"{target} could not be written ({reason}); {free / 2**20:.1f} MiB are free there. What was there before"
+            " is whole: make room, or choose another --output-dir, and go on with --resume."
+        ) from error
+
+
+def _write_through(folder: Path) -> None:
+    """To the disk itself, so that the name of a checkpoint never outlives its content when the power goes."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def remove_checkpoints(output_dir: Path) -> None:

@@ -12,10 +12,11 @@ from inspect import cleandoc
 from math import isfinite
 from typing import Any
 
-from .errors import FocusConfigError, FocusError, bad_value
+from .errors import FocusConfigError, FocusError, FocusInterruptedError, bad_value
 
 PROGRAM = "hf-focus"
-OK, UNEXPECTED, BAD_INPUT = 0, 1, 2
+# The last is EX_TEMPFAIL of sysexits.h: the same command may succeed later
+OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 DESCRIPTION = """
 FocusA attention for Hugging Face transformers, from a shell.
 
@@ -28,7 +29,8 @@ FocusA attention for Hugging Face transformers, from a shell.
 MODEL is always an id on the Hub or a folder. `hf-focus COMMAND --help` explains a command and its flags.
 """
 EPILOG = """
-Exit status: 0 done; 2 bad input, with `hf-focus COMMAND: message` on stderr; 1 anything unexpected, with a traceback.
+Exit status: 0 done; 2 bad input, with `hf-focus COMMAND: message` on stderr; 1 anything unexpected, with a traceback;
+75 ended from outside (SIGTERM, or another process of the run is gone): the same command with --resume latest goes on.
 Results go to stdout, progress and messages to stderr.
 """
 
@@ -348,7 +350,7 @@ def _run(argv: Sequence[str]) -> None:
         COMMANDS[name].run(argv[1:])
     except FocusError as error:
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from error
+        raise SystemExit(INTERRUPTED if isinstance(error, FocusInterruptedError) else BAD_INPUT) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

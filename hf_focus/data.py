@@ -10,6 +10,7 @@ from datasets.features import Value
 
 from .arguments import DataArguments
 from .errors import FocusDataError, bad_value
+from .json_lines import find_bad_line, load_good_lines
 
 # Extension -> builder of `datasets`
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -37,10 +38,10 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
     if args.dataset:
         train, evaluation = _load_named(args)
     else:
-        train = load_files(args.train_files, "train_files", args.sample_by, args.cache_dir)
+        train = load_files(args.train_files, "train_files", args.sample_by, args.cache_dir, args.bad_lines)
         evaluation = None
     if args.eval_files:
-        evaluation = load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir)
+        evaluation = load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir, args.bad_lines)
     if evaluation is None and args.eval_share:
         train, evaluation = hold_out(
             train, args.eval_share, seed, args.text_column if by_character else None, by_character
@@ -49,7 +50,11 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
 
 
 def load_files(
-    names: Sequence[str | Path], argument: str = "files", sample_by: str = "document", cache_dir: str | None = None
+    names: Sequence[str | Path],
+    argument: str = "files",
+    sample_by: str = "document",
+    cache_dir: str | None = None,
+    bad_lines: str = "error",
 ) -> Dataset:
     """Rows of local files of one format.
 
@@ -58,6 +63,7 @@ def load_files(
         argument: name of the argument they came from, for messages.
         sample_by: what one row of a .txt file is: `"document"` (the file), `"paragraph"` or `"line"`.
         cache_dir: where `datasets` keeps what it read; None: its default.
+        bad_lines: what to do with a line of a .jsonl file that is no JSON object: `"error"` or `"skip"`.
 
     Raises:
         FocusDataError: a file is missing, empty, of another format, or not readable as its extension says.
@@ -81,6 +87,11 @@ def load_files(
         )
     except Exception as error:
         # `datasets` wraps whatever the parser raised: the type says nothing
+        bad = find_bad_line([path for path in paths if path.suffix.lower() == ".jsonl"])
+        if bad and bad_lines == "skip":
+            return _not_empty(load_good_lines(paths, cache_dir), argument, [str(path) for path in paths])
+        if bad:
+            raise FocusDataError(bad_value(argument, bad, "lines of JSON objects, or bad_lines 'skip'")) from error
         accepted = f"well-formed {builder} files with at least one row ({_first_line(error)})"
         raise FocusDataError(bad_value(argument, [str(path) for path in paths], accepted)) from error
     return _not_empty(rows, argument, [str(path) for path in paths])

@@ -37,6 +37,14 @@ class FocusResumeError(FocusError, ValueError):
     """A folder to resume from is no checkpoint, or belongs to another run."""
 
 
+class FocusOutputError(FocusError, OSError):
+    """Results cannot be written: the disk is full, or the folder read-only."""
+
+
+class FocusInterruptedError(FocusError, RuntimeError):
+    """A run was ended from outside. It can go on from its last checkpoint."""
+
+
 class FocusHubError(FocusError, OSError):
     """The Hub cannot be reached, refuses the request, or holds under that name what it should not."""
 

@@ -1,7 +1,5 @@
 """Evaluation of a model on a data set: the metrics of its task, exact over batches and processes."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -9,14 +7,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .collators import IGNORED, Batch
+from .focus_statistics import mean_records, record_if_patched
 from .metrics import load_metric
-from .modeling import FocusMixin
-from .recording import record_focus
 from .tasks import Task
 
 # In a batch for the scores and the loss, not for the model
 NOT_INPUTS = ("num_bytes", "num_targets")
-RECORDED = ("span", "span_fraction", "iterations", "entropy", "coverage")
 
 
 def model_inputs(batch: Batch) -> Batch:
@@ -46,10 +42,10 @@ def evaluate_model(
     show = show_progress and accelerator.is_main_process
     for number, batch in enumerate(tqdm(loader, desc="Evaluating", leave=False, disable=not show)):
         inputs = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
-        if number == 0:
-            logits, statistics = _forward_recorded(accelerator, model, inputs)
-        else:
+        with record_if_patched(accelerator.unwrap_model(model), number == 0) as records:
             logits = model(**inputs).logits
+        if number == 0:
+            statistics = mean_records(accelerator, records)
         scores = task.score(logits, batch)
         padded = {n: accelerator.pad_across_processes(s, dim=1, pad_index=IGNORED) for n, s in scores.items()}
         scores = {name: score.cpu() for name, score in accelerator.gather_for_metrics(padded).items()}
@@ -63,20 +59,3 @@ def evaluate_model(
     for metric in metrics.values():
         results.update(metric.compute())
     return {name: float(results[name]) for name in task.reported if name in results} | statistics
-
-
-def _forward_recorded(accelerator: Accelerator, model: nn.Module, inputs: Batch) -> tuple[Any, dict[str, float]]:
-    if not any(isinstance(module, FocusMixin) for module in model.modules()):
-        return model(**inputs).logits, {}
-    with record_focus(accelerator.unwrap_model(model)) as records:
-        logits = model(**inputs).logits
-    means: dict[str, list[torch.Tensor]] = {}
-    for layer in records:
-        for record in records[layer]:
-            for name in RECORDED:
-                value = getattr(record, name)
-                if value is not None:
-                    valid = record.valid[:, None].expand_as(value)
-                    means.setdefault(name, []).append(value.float()[valid].mean())
-    stacked = {f"focus_{name}": torch.stack(values).mean() for name, values in means.items()}
-    return logits, {name: float(value) for name, value in accelerator.reduce(stacked, "mean").items()}

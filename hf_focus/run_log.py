@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from .checkpoints import name_failed_write
 from .errors import FocusConfigError, bad_value
 
 LOG_FILE = "train_log.jsonl"
@@ -59,7 +60,7 @@ class RunLog:
         self.lines.append(line)
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
+            with name_failed_write(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 

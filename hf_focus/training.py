@@ -1,5 +1,6 @@
 """`finetune`: trains a model, with FocusA or without, on accelerate."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -9,22 +10,34 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
+from .batches import endless_batches
+from .best import find_metric
 from .card_checks import check_card_names
-from .checkpoints import Progress, digest, find_checkpoint, list_checkpoints, read_progress, remove_checkpoints
+from .checkpoints import (
+    Progress,
+    checkpoint_of,
+    digest,
+    find_checkpoint,
+    list_checkpoints,
+    name_failed_write,
+    read_progress,
+    remove_checkpoints,
+)
 from .collators import ReproducibleCollator
 from .configuration import FocusConfig
 from .data import hold_out, load_documents
-from .errors import FocusConfigError, FocusError, FocusHubError, bad_value
+from .errors import FocusConfigError, FocusError, FocusHubError, FocusResumeError, bad_value
 from .hub import prepare_repo
+from .interrupts import name_lost_process
 from .preparation import (
     Source,
     check_focus_settings,
@@ -58,6 +71,9 @@ NOT_OF_THE_RUN = {
     "max_eval_examples",
     "save_steps",
     "save_limit",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "report_to",
     "progress_bar",
     "cache_dir",
@@ -72,6 +88,7 @@ NOT_OF_THE_RUN = {
     "train_split",
     "train_files",
     "sample_by",
+    "bad_lines",
 }
 
 
@@ -130,12 +147,15 @@ def finetune(
         FocusHubError: before the training, if the Hub would not take the model; after it, if the push failed; the
             model is saved then.
         FocusError: the loss is no longer finite; checkpoints stay.
+        FocusInterruptedError: the run was ended from outside, and can go on.
+        FocusOutputError: `output_dir` cannot be written to.
     """
     task = find_task(train_args.task)
     focus = focus.to_config() if hasattr(focus, "to_config") else FocusConfig.build(focus)
     check_model_arguments(model_args, model)
     check_card_names(model_args.license, model_args.language)
     trackers = check_trackers(train_args.report_to)
+    _check_best(train_args, task)
     output_dir = Path(train_args.output_dir)
     checkpoint = _check_output_dir(train_args, output_dir)
     if train_args.push_to_hub and not model_args.focus:
@@ -150,6 +170,13 @@ def finetune(
         progress = Progress()
         if checkpoint:
             progress = read_progress(checkpoint, train_args.resume, description)
+            best = checkpoint_of(output_dir, progress.best.step)
+            if train_args.load_best_model_at_end and progress.best.step and not best.is_dir():
+                accepted = f"one beside {best.name}, the best so far; or load_best_model_at_end False"
+                raise FocusResumeError(bad_value("resume", train_args.resume, accepted))
+        if model_args.lora_rank and is_sharded(accelerator):
+            # Merged at the end, and the whole of a weight is nowhere
+            raise FocusConfigError(bad_value("lora_rank", model_args.lora_rank, "0 where weights are sharded"))
         torch.manual_seed(train_args.seed)
         load_model(source, task, model_args, encoded.config)
         trained = choose_trained(source, task, model_args, focus, train_args.seed)
@@ -187,6 +214,9 @@ def _push(output_dir: Path, repo_id: str) -> str:
 def _check_output_dir(args: TrainArguments, output_dir: Path) -> Path | None:
     """The checkpoint to go on from, if any; another run's folder is neither written to nor taken over."""
     checkpoint = None
+    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise FocusConfigError(bad_value("output_dir", str(output_dir), "a folder that can be written to"))
     if args.resume:
         if args.overwrite_output_dir:
             raise FocusConfigError(bad_value("overwrite_output_dir", True, "False with --resume"))
@@ -201,6 +231,14 @@ def _check_output_dir(args: TrainArguments, output_dir: Path) -> Path | None:
     return checkpoint
 
 
+def _check_best(args: TrainArguments, task: Task) -> None:
+    """Refuse to look for the best evaluation where there are none."""
+    find_metric(args.metric_for_best_model, task.reported)
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(args, name) and not args.eval_steps:
+            raise FocusConfigError(bad_value(name, getattr(args, name), "False or None without --eval-steps"))
+
+
 @contextmanager
 def _accelerator(args: TrainArguments, trackers: list[str], output_dir: Path) -> Iterator[Accelerator]:
     own_state = not is_initialized()
@@ -211,7 +249,6 @@ def _accelerator(args: TrainArguments, trackers: list[str], output_dir: Path) ->
                 mixed_precision=args.mixed_precision,
                 log_with=trackers or None,
                 project_config=ProjectConfiguration(str(output_dir), str(output_dir / TRACKER_FOLDER)),
-                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
                 # Steps are counted here, and so is accumulation: accelerate would take the mean of means
                 step_scheduler_with_optimizer=False,
             )
@@ -220,7 +257,8 @@ def _accelerator(args: TrainArguments, trackers: list[str], output_dir: Path) ->
             accepted = f"another precision ({error})"
             raise FocusConfigError(bad_value("mixed_precision", args.mixed_precision, accepted)) from error
         _check_machine(args, accelerator)
-        yield accelerator
+        with name_lost_process():
+            yield accelerator
         accelerator.end_training()
     finally:
         if own_state:
@@ -232,10 +270,20 @@ def _check_machine(args: TrainArguments, accelerator: Accelerator) -> None:
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would compute in float32, silently
         raise FocusConfigError(bad_value("mixed_precision", "fp16", "'no' or 'bf16' on a CPU"))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.gradient_accumulation_steps > 1:
+        # DeepSpeed counts micro-batches itself, and takes the mean of means
+        raise FocusConfigError(
+            bad_value("gradient_accumulation_steps", args.gradient_accumulation_steps, "1 with DeepSpeed")
+        )
     if args.num_processes not in (None, accelerator.num_processes):
         # accelerate falls back to one process, silently, where it cannot start several
         accepted = f"{accelerator.num_processes}, the processes that run; torchrun --nproc_per_node starts several"
         raise FocusConfigError(bad_value("num_processes", args.num_processes, accepted))
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights alone."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _encode(
@@ -317,8 +365,15 @@ def _train(
         if args.overwrite_output_dir:
             remove_checkpoints(output_dir)
     collator = ReproducibleCollator(task.collator(source.tokenizer, data_args), task.count_targets, args.seed)
-    train_loader = DataLoader(
-        encoded.train, args.batch_size, shuffle=True, collate_fn=collator, num_workers=args.num_workers
+    stride = accelerator.num_processes
+    train_loader = endless_batches(
+        encoded.train,
+        collator,
+        args.batch_size,
+        args.seed,
+        first=progress.step * args.gradient_accumulation_steps * stride + accelerator.process_index,
+        stride=stride,
+        num_workers=args.num_workers,
     )
     eval_loader = None
     if encoded.evaluation is not None:
@@ -330,9 +385,15 @@ def _train(
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args), betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
     )
-    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    steps_per_epoch = ceil(len(train_loader) / args.gradient_accumulation_steps)
-    max_steps = args.max_steps or ceil(args.num_epochs * steps_per_epoch)
+    if args.torch_compile:
+        # In place: names of the weights stay, and whatever wraps the model calls what is compiled
+        model.compile(backend=args.torch_compile_backend)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Found by accelerate only where it prepares the loader of the batches
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rows_in_step = args.batch_size * args.gradient_accumulation_steps * stride
+    max_steps = args.max_steps or ceil(args.num_epochs * len(encoded.train) / rows_in_step)
     scheduler = accelerator.prepare(
         get_scheduler(args.schedule, optimizer, ceil(args.warmup_share * max_steps), max_steps)
     )
@@ -346,8 +407,8 @@ def _train(
         optimizer=optimizer,
         scheduler=scheduler,
         train_loader=train_loader,
+        steps_in_pass=len(encoded.train) / rows_in_step,
         eval_loader=eval_loader,
-        collator=collator,
         log=RunLog(accelerator, output_dir, progress.step if checkpoint else None),
         output_dir=output_dir,
         description=description,
@@ -370,13 +431,21 @@ def _finish(
     accelerator = run.accelerator
     accelerator.wait_for_everyone()
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    model = merge_lora(accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)).eval()
+    # Of sharded weights each process holds a part: all of them put the whole together
+    state = accelerator.get_state_dict(run.model) if is_sharded(accelerator) else None
+    model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    # What `compile` set, and nothing else undoes
+    model._compiled_call_impl = None
+    model = merge_lora(model).eval()
     if arguments[0].gradient_checkpointing:
         model.gradient_checkpointing_disable()
     if accelerator.is_main_process:
         # Beside, then moved: a run that is stopped now leaves what was there before
-        with TemporaryDirectory(dir=run.output_dir, prefix=".new-") as new:
-            model.save_pretrained(new)
+        with (
+            name_failed_write(run.output_dir),
+            TemporaryDirectory(dir=run.output_dir, prefix=".new-") as new,
+        ):
+            model.save_pretrained(new, state_dict=state)
             tokenizer.save_pretrained(new)
             write_run_card(Path(new), run, model, arguments, trained, seconds, metrics)
             replace_model(Path(new), run.output_dir)

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +26,11 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, list[str]]:
+    """Files to fine-tune on, as `small_runs.write_data` makes them."""
+    from small_runs import write_data
+
+    return write_data(tmp_path)

@@ -1,5 +1,6 @@
 """Tokenizers, models and fine-tuning runs small enough for a test."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,24 @@ def tiny_bert_classifier() -> PreTrainedModel:
 def texts(count: int) -> list[str]:
     """`count` different short texts."""
     return [" ".join(WORDS[(3 * i + j) % len(WORDS)] for j in range(4 + i % 5)) for i in range(count)]
+
+
+def write_data(folder: Path) -> dict[str, list[str]]:
+    """Nine documents to train on, three to evaluate on; every third one carries the other label."""
+    names = {}
+    for split, count in (("train", 9), ("eval", 3)):
+        path = folder / f"{split}.jsonl"
+        rows = [{"text": text, "label": "ba"[i % 3 == 0]} for i, text in enumerate(texts(count))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        names[f"{split}_files"] = [str(path)]
+    return names
+
+
+def folder(tmp_path: Path, name: str) -> Path:
+    """A new folder."""
+    path = tmp_path / name
+    path.mkdir()
+    return path
 
 
 def run(

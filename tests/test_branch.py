@@ -140,7 +140,7 @@ def test_settings_of_the_refiner_act(name: str) -> None:
         module = branch(**{name: value}).train()
         torch.manual_seed(0)
         run(module).sum().backward()
-        tables.append(module.refiner.table)
+        tables.append(module.eval().refiner.table)
     assert_acts(*tables)
 
 
@@ -420,6 +420,7 @@ def test_refiner_learns() -> None:
     module.train()
     for seed in range(60):
         module(*branch_inputs(batch=8, seed=seed)).sum().backward()
+        module.zero_grad()
     learned_reward, learned_span = look(seed=999)
     assert learned_reward > reward + 0.5
     assert learned_span < span / 2
@@ -462,7 +463,7 @@ def test_refiner_learns_from_tokens_only() -> None:
         length = 16 + padded
         mask = (torch.arange(length) >= padded) & torch.ones(length, length, dtype=torch.bool).tril()
         module(*local, global_output, mask.expand(2, 1, length, length)).sum().backward()
-        tables.append(buffers(module))
+        tables.append(buffers(module.eval()))
     for name, buffer in tables[0].items():
         torch.testing.assert_close(buffer, tables[1][name], rtol=1e-4, atol=1e-5, msg=name)
 

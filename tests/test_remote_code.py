@@ -49,8 +49,8 @@ for _ in range(3):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-assert model.model.layers[0].self_attn.focus.refiner.num_updates.item() == 3
 model.eval().save_pretrained(again)
+assert model.model.layers[0].self_attn.focus.refiner.num_updates.item() == 3
 other = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 with torch.no_grad():
     assert torch.equal(model(**inputs).logits, other(**inputs).logits)

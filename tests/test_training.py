@@ -1,4 +1,4 @@
-"""Fine-tuning: resumed equals uninterrupted, accumulated equals one batch, what is trained and saved, bad input."""
+"""Fine-tuning: every task, resumed equals uninterrupted, accumulated equals one batch, logs and evaluation."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from small_runs import (
     FOCUS,
     byte_tokenizer,
+    folder,
     losses,
     run,
     texts,
@@ -32,31 +33,12 @@ from transformers import (
 )
 
 from hf_focus import FocusConfig, apply_focus
-from hf_focus.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
-from hf_focus.errors import FocusConfigError, FocusDataError, FocusError, FocusResumeError, NoMatchingLayerError
+from hf_focus.arguments import DataArguments, ModelArguments, TrainArguments
+from hf_focus.errors import FocusError
 from hf_focus.modeling import FocusMixin
-from hf_focus.preparation import parameter_groups
 from hf_focus.training import finetune
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> dict[str, Any]:
-    """Nine documents to train on, three to evaluate on; every third one carries the other label."""
-    names = {}
-    for split, count in (("train", 9), ("eval", 3)):
-        path = tmp_path / f"{split}.jsonl"
-        rows = [{"text": text, "label": "ba"[i % 3 == 0]} for i, text in enumerate(texts(count))]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        names[f"{split}_files"] = [str(path)]
-    return names
-
-
-def folder(tmp_path: Path, name: str) -> Path:
-    path = tmp_path / name
-    path.mkdir()
-    return path
 
 
 TASKS = {
@@ -144,47 +126,11 @@ def test_latest_goes_on_in_the_same_folder(tmp_path: Path, data: dict[str, Any])
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("change", ["learning_rate", "focus", "data", "model", "garbage", "missing", "latest"])
-def test_a_folder_of_another_run_is_refused(tmp_path: Path, data: dict[str, Any], change: str) -> None:
-    run(folder(tmp_path, "a"), data, tiny_llama(), max_steps=2, save_steps=2)
-    checkpoint = tmp_path / "a" / "out" / "checkpoint-2"
-    settings: dict[str, Any] = {"max_steps": 2, "resume": str(checkpoint)}
-    model, focus, expected = tiny_llama(), FOCUS, change
-    if change == "learning_rate":
-        settings["learning_rate"] = 2e-2
-    elif change == "focus":
-        focus, expected = FocusConfig(max_span=9, ramp=3, max_iterations=2), "max_span"
-    elif change == "data":
-        # The first of the documents is longer by one letter
-        path = Path(data["train_files"][0])
-        path.write_text(path.read_text().replace('"text": "', '"text": "x', 1))
-        expected = "training_data"
-    elif change == "model":
-        model, expected = tiny_llama(rms_norm_eps=1e-5), "model_config"
-    elif change == "garbage":
-        (checkpoint / "run.json").write_text("{")
-        expected = "readable"
-    else:
-        settings["resume"] = str(tmp_path) if change == "missing" else "latest"
-        expected = "checkpoint"
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    target = folder(tmp_path, "b")
-    with pytest.raises(FocusResumeError, match="resume") as caught:
-        run(target, data, model, focus, **settings)
-    assert expected in str(caught.value)
-    # Nothing was changed
-    assert not isinstance(model, FocusMixin)
-    assert {name: value.tolist() for name, value in model.state_dict().items()} == {
-        k: v.tolist() for k, v in before.items()
-    }
-    assert not (target / "out").exists()
-
-
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert_classifier])
 def test_accumulation_equals_one_batch(tmp_path: Path, data: dict[str, Any], build: Any) -> None:
     task = "causal-lm" if build is tiny_llama else "sequence-classification"
-    # Blocks of unequal length: the mean of means would differ from the mean. The refiner learns once a forward pass
-    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, refiner=False, span_penalty=0.1)
+    # Blocks of unequal length: the mean of means would differ from the mean. Exploration would meet other numbers
+    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, epsilon=0.0, span_penalty=0.1)
     model_settings = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
     results = []
     for number, (batch_size, steps) in enumerate([(2, 1), (1, 2)]):
@@ -225,101 +171,6 @@ def test_the_model_sees_uneven_batches_as_the_test_above_wants(data: dict[str, A
     assert lengths[-1] < lengths[0] == 37
 
 
-def test_freezing_the_base_trains_focus_alone(tmp_path: Path, data: dict[str, Any]) -> None:
-    start = apply_focus(tiny_llama(), FOCUS).state_dict()
-    trained = run(tmp_path, data, tiny_llama(), model_args={"freeze_base": True}, max_steps=6).model.state_dict()
-    moved = {name for name, value in trained.items() if not torch.equal(value, start[name])}
-    assert {name for name in moved if ".focus." not in name} == set()
-    parameters = {name for name, _ in apply_focus(tiny_llama(), FOCUS).named_parameters() if ".focus." in name}
-    assert parameters <= moved
-
-
-def test_freezing_the_base_still_trains_a_new_head(tmp_path: Path, data: dict[str, Any]) -> None:
-    tiny_llama().save_pretrained(tmp_path / "start")
-    byte_tokenizer().save_pretrained(tmp_path / "start")
-    arguments = {"model_name_or_path": str(tmp_path / "start"), "freeze_base": True}
-    model = run(tmp_path, data, task="sequence-classification", model_args=arguments).model
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert "score.weight" in trained
-    assert all(".focus." in name for name in trained - {"score.weight"})
-
-
-def test_lora_trains_a_new_head_in_full(tmp_path: Path, data: dict[str, Any]) -> None:
-    tiny_bert().save_pretrained(tmp_path / "start")
-    byte_tokenizer().save_pretrained(tmp_path / "start")
-    heads = []
-    for name, steps in (("a", 1), ("b", 6)):
-        arguments = {"model_name_or_path": str(tmp_path / "start"), "lora_rank": 2}
-        task = "sequence-classification"
-        result = run(folder(tmp_path, name), data, task=task, model_args=arguments, max_steps=steps, warmup_share=0.5)
-        heads.append(result.model.classifier.weight)
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "out").state_dict()
-        state = result.model.state_dict()
-        assert set(loaded) == set(state)
-        assert all(torch.equal(value, loaded[key]) for key, value in state.items())
-    assert not torch.equal(*heads)
-
-
-@pytest.mark.parametrize("focus", [FOCUS, None], ids=["focus", "plain"])
-def test_lora_is_merged_and_reloads(tmp_path: Path, data: dict[str, Any], focus: FocusConfig | None) -> None:
-    result = run(tmp_path, data, tiny_llama(), focus, model_args={"lora_rank": 2}, max_steps=6)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    start = (apply_focus(tiny_llama(), focus) if focus else tiny_llama()).state_dict()
-    state = loaded.state_dict()
-    assert set(state) == set(start)
-    moved = {name for name, value in state.items() if not torch.equal(value, start[name])}
-    linear = {name for name in start if re.search(r"(_proj)\.weight$", name)}
-    assert {name for name in moved if ".focus." not in name} == linear
-    assert any(name.endswith(".focus.join") for name in moved) == (focus is not None)
-    ids = torch.arange(10, 30)[None]
-    assert torch.equal(loaded.eval()(ids).logits, result.model(ids).logits)
-
-
-def test_lora_resumes_to_the_same_losses(tmp_path: Path, data: dict[str, Any]) -> None:
-    settings = {"model_args": {"lora_rank": 2, "lora_dropout": 0.1}, "max_steps": 4}
-    whole = run(folder(tmp_path, "a"), data, tiny_llama(), save_steps=2, **settings)
-    checkpoint = str(tmp_path / "a" / "out" / "checkpoint-2")
-    resumed = run(folder(tmp_path, "b"), data, tiny_llama(), resume=checkpoint, **settings)
-    assert losses(resumed) == {k: v for k, v in losses(whole).items() if k > 2}
-
-
-def test_a_focus_model_is_trained_on_as_it_is(tmp_path: Path, data: dict[str, Any]) -> None:
-    run(tmp_path, data, tiny_llama())
-    again = {"model_name_or_path": str(tmp_path / "out")}
-    second = run(folder(tmp_path, "b"), data, focus=FocusConfig(), model_args=again)
-    assert second.model.focus_config == FOCUS
-    with pytest.raises(FocusConfigError, match="max_span"):
-        run(folder(tmp_path, "c"), data, focus=FocusConfig(max_span=9), model_args=again)
-    with pytest.raises(FocusConfigError, match="focus"):
-        run(folder(tmp_path, "d"), data, focus=None, model_args=again)
-
-
-def test_from_scratch_reads_the_config_alone(tmp_path: Path, data: dict[str, Any]) -> None:
-    with torch.no_grad():
-        model = tiny_llama()
-        model.lm_head.weight.fill_(0.5)
-    model.save_pretrained(tmp_path / "start")
-    byte_tokenizer().save_pretrained(tmp_path / "start")
-    arguments = {"model_name_or_path": str(tmp_path / "start"), "from_scratch": True}
-    result = run(tmp_path, data, model_args=arguments, max_steps=1)
-    assert result.model.lm_head.weight.abs().max() < 0.4
-    assert result.model.config.hidden_size == 32
-
-
-def test_groups_of_parameters() -> None:
-    model = apply_focus(tiny_llama(), FOCUS)
-    groups = parameter_groups(model, TrainArguments(output_dir="x", learning_rate=1e-3, focus_learning_rate=1e-2))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(names)
-    for group in groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            assert group["lr"] == (1e-2 if ".focus." in name else 1e-3)
-            plain = parameter.ndim < 2 or re.search("norm|bias|gain", name)
-            assert group["weight_decay"] == (0.0 if plain else 0.01)
-    assert len(groups) == 4
-
-
 def test_trackers_and_log(tmp_path: Path, data: dict[str, Any]) -> None:
     result = run(tmp_path, data, tiny_llama(), report_to=["tensorboard"], eval_steps=2)
     files = list((tmp_path / "out" / "trackers").rglob("events.out.tfevents*"))
@@ -342,47 +193,6 @@ def test_other_ways_to_compute_reach_nearly_the_same(
     assert losses(other) == pytest.approx(losses(reference), abs=0.05)
     assert {p.dtype for p in other.model.parameters()} == {torch.float32}
     assert not other.model.is_gradient_checkpointing
-
-
-BAD = {
-    "task": ({"task": "cooking"}, FocusConfigError, "task"),
-    "rate": ({"learning_rate": -1.0}, FocusConfigError, "learning_rate"),
-    "schedule": ({"schedule": "zigzag"}, FocusConfigError, "schedule"),
-    "precision": ({"mixed_precision": "fp16"}, FocusConfigError, "mixed_precision"),
-    "tracker": ({"report_to": ["smoke-signals"]}, FocusConfigError, "report_to"),
-    "processes": ({"num_processes": 7}, FocusConfigError, "num_processes"),
-    "nothing to train": ({"focus": None, "model_args": {"freeze_base": True}}, FocusConfigError, "freeze_base"),
-    "lora": ({"model_args": {"freeze_base": True, "lora_rank": 2}}, FocusConfigError, "lora_rank"),
-    "lora targets": (
-        {"model_args": {"lora_rank": 2, "lora_targets": ["x"]}},
-        FocusConfigError,
-        "lora_targets",
-    ),
-    "license": ({"model_args": {"license": "mine"}}, FocusConfigError, "license"),
-    "block": ({"data_args": {"block_size": 65}}, FocusConfigError, "block_size"),
-    "layers": ({"focus": FocusConfig(layers=[7])}, NoMatchingLayerError, "layers"),
-    "file": ({"data_args": {"train_files": ["none.txt"]}}, FocusDataError, "train_files"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_anything_is_changed(tmp_path: Path, data: dict[str, Any], case: str) -> None:
-    changes, error, argument = BAD[case]
-    model = tiny_llama()
-    with pytest.raises(error, match=argument):
-        run(tmp_path, data, model, **changes)
-    assert not isinstance(model, FocusMixin)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path, data: dict[str, Any]) -> None:
-    first = run(tmp_path, data, tiny_llama(), save_steps=2)
-    with pytest.raises(FocusConfigError, match="output_dir"):
-        run(tmp_path, data, tiny_llama())
-    second = run(tmp_path, data, tiny_llama(), overwrite_output_dir=True, max_steps=2)
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
-    assert len(second.log) < len(first.log)
 
 
 def test_without_evaluation_data_there_are_no_results(tmp_path: Path, data: dict[str, Any]) -> None:
@@ -448,24 +258,6 @@ def test_a_diverged_run_stops(tmp_path: Path, data: dict[str, Any]) -> None:
         run(tmp_path, data, tiny_llama(), learning_rate=1e30, max_grad_norm=None, max_steps=20)
 
 
-def test_flags_and_files_give_the_same_arguments(tmp_path: Path) -> None:
-    line = "--model-name-or-path m --output-dir o --learning-rate 1e-4 --layers 0 2 --no-focus --train-files a b"
-    flags = parse_arguments(line.split())
-    values = {"model_name_or_path": "m", "output-dir": "o", "learning_rate": 1e-4, "layers": [0, 2], "focus": False}
-    values["train_files"] = ["a", "b"]
-    (tmp_path / "run.json").write_text(json.dumps(values))
-    (tmp_path / "run.yaml").write_text(json.dumps(values).replace("0.0001", "1e-4"))
-    for name in ("run.json", "run.yaml"):
-        assert parse_arguments([str(tmp_path / name)]) == flags
-        assert parse_arguments([str(tmp_path / name), "--learning-rate", "2"])[2].learning_rate == 2
-    assert flags[3].to_config() == FocusConfig(layers=[0, 2])
-    (tmp_path / "bad.yaml").write_text("learning_rte: 1")
-    (tmp_path / "list.yaml").write_text("[1]")
-    for name in ("bad.yaml", "list.yaml", "missing.yaml"):
-        with pytest.raises(FocusConfigError, match=name):
-            parse_arguments([str(tmp_path / name)])
-
-
 def test_the_script_trains_and_refuses(tmp_path: Path, data: dict[str, Any]) -> None:
     tiny_llama().save_pretrained(tmp_path / "start")
     byte_tokenizer().save_pretrained(tmp_path / "start")
@@ -527,12 +319,3 @@ def test_the_trainer_of_transformers_takes_a_patched_model(tmp_path: Path) -> No
 def test_a_llama_classifier_pads_and_trains(tmp_path: Path, data: dict[str, Any]) -> None:
     result = run(tmp_path, data, tiny_llama_classifier(), task="sequence-classification", batch_size=3)
     assert 0 <= result.metrics["accuracy"] <= 1
-
-
-def test_arguments_given_to_python_are_checked() -> None:
-    with pytest.raises(FocusConfigError, match="output_dir"):
-        TrainArguments()
-    with pytest.raises(FocusConfigError, match="train_files"):
-        DataArguments(train_files="a.txt")
-    with pytest.raises(FocusConfigError, match="dtype"):
-        ModelArguments(dtype="int8")

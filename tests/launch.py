@@ -1,0 +1,159 @@
+"""Fine-tuning in real processes, which can be killed. They are forked from one that has imported everything."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from small_runs import byte_tokenizer, texts, tiny_llama
+
+import hf_focus.training  # noqa: F401 - imported once, for all
+from hf_focus.cli import main
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["launch"])
+# Seconds until a run that should have ended is a failure
+PATIENCE = 240
+
+
+def prepare(folder: Path, **settings: Any) -> None:
+    """A tiny model with dropout, documents and `run.json` of twelve steps, a checkpoint after each second one."""
+    tiny_llama(attention_dropout=0.1).save_pretrained(folder / "start")
+    byte_tokenizer().save_pretrained(folder / "start")
+    rows = [json.dumps({"text": text}) + "\n" for text in texts(9)]
+    (folder / "data.jsonl").write_text("".join(rows), encoding="utf-8")
+    values = {
+        "model_name_or_path": "start",
+        "train_files": ["data.jsonl"],
+        "eval_share": 0.0,
+        "output_dir": "out",
+        "max_steps": 12,
+        "save_steps": 2,
+        "block_size": 16,
+        "batch_size": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "max_span": 8,
+        "ramp": 3,
+        "max_iterations": 2,
+        "cpu": True,
+        "progress_bar": False,
+        "cache_dir": "cache",
+    }
+    (folder / "run.json").write_text(json.dumps({**values, **settings}), encoding="utf-8")
+
+
+def start(
+    folder: Path, *flags: str, ranks: int = 1, sabotage: tuple[Callable[..., None], ...] | None = None
+) -> list[BaseProcess]:
+    """`hf-focus finetune run.json` in `folder`, on `ranks` processes that find each other as under torchrun.
+
+    Args:
+        sabotage: a function and its arguments, called in the last rank before the run.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        harm = sabotage if rank == ranks - 1 else None
+        process = FORKED.Process(target=_run, args=(str(folder), flags, rank, ranks, port, harm))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _run(folder: str, flags: tuple[str, ...], rank: int, ranks: int, port: int, sabotage: Any) -> None:
+    os.chdir(folder)
+    for stream, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(f"{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    if ranks > 1:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in numbers.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if sabotage is not None:
+        function, *arguments = sabotage
+        function(*arguments)
+    code = main(["finetune", "run.json", *flags])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As a killed peer leaves it, the process group has nobody to say goodbye to
+    os._exit(code)
+
+
+def finish(processes: list[BaseProcess], patience: float = PATIENCE) -> list[int]:
+    """Wait for the processes' exit codes; minus a signal's number where one ended it."""
+    for process in processes:
+        process.join(patience)
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+    assert not late, "did not end in time"
+    return [process.exitcode for process in processes]
+
+
+def complete(folder: Path, *flags: str, ranks: int = 1) -> None:
+    """A run that must end well."""
+    codes = finish(start(folder, *flags, ranks=ranks))
+    assert codes == [0] * ranks, (folder / "stderr0").read_text()
+
+
+def message(folder: Path, rank: int = 0) -> str:
+    """The last line of a process's stderr."""
+    return (folder / f"stderr{rank}").read_text().strip().rpartition("\n")[2]
+
+
+def logged(folder: Path) -> dict[int, float]:
+    """Losses by step, from the log."""
+    lines = map(json.loads, (folder / "out" / "train_log.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def kill_in_step(number: int) -> None:
+    """Kill this process in the backward pass of a step, counted from 1."""
+    backward, calls = Accelerator.backward, []
+
+    def kill(self: Accelerator, loss: torch.Tensor, **options: Any) -> None:
+        calls.append(loss)
+        if len(calls) == number:
+            loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+        backward(self, loss, **options)
+
+    Accelerator.backward = kill
+
+
+def kill_in_checkpoint(number: int) -> None:
+    """Kill this process while a checkpoint is written, counted from 1, with half of the weights on the disk."""
+    save, calls = Accelerator.save_state, []
+
+    def kill(self: Accelerator, folder: str, **options: Any) -> None:
+        save(self, folder, **options)
+        calls.append(folder)
+        if len(calls) == number:
+            weights = Path(folder) / "model.safetensors"
+            os.truncate(weights, weights.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Accelerator.save_state = kill
+
+
+def stop_in_step(number: int) -> None:
+    """Send SIGTERM to this process in the backward pass of a step, counted from 1."""
+    backward, calls = Accelerator.backward, []
+
+    def stop(self: Accelerator, loss: torch.Tensor, **options: Any) -> None:
+        backward(self, loss, **options)
+        calls.append(loss)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Accelerator.backward = stop

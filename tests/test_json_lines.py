@@ -1,0 +1,37 @@
+"""Corrupt lines of data: named, or left out."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_focus.arguments import DataArguments
+from hf_focus.data import load_documents
+from hf_focus.errors import FocusDataError
+
+BAD = {
+    "cut off": b'{"text": "fi',
+    "a number": b"5",
+    "something else": b"<html>",
+}
+
+
+def write(path: Path, bad: bytes) -> DataArguments:
+    path.write_bytes(b'{"text": "one"}\n\n{"text": "two"}\n' + bad + b'\n{"text": "three"}\n')
+    return DataArguments(train_files=[str(path)], cache_dir=str(path.parent / "cache"), eval_share=0.0)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_corrupt_line_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
+    args = write(tmp_path / "data.jsonl", BAD[kind])
+    with pytest.raises(FocusDataError, match=r"train_files.*data\.jsonl:4 .*bad_lines"):
+        load_documents(args)
+    args.bad_lines = "skip"
+    assert load_documents(args)[0]["text"][:] == ["one", "two", "three"]
+
+
+def test_what_was_skipped_is_read_again_when_the_file_changes(tmp_path: Path) -> None:
+    args = write(tmp_path / "data.jsonl", BAD["cut off"])
+    args.bad_lines = "skip"
+    assert len(load_documents(args)[0]) == 3
+    write(tmp_path / "data.jsonl", BAD["cut off"] + b'\n{"text": "four"}')
+    assert len(load_documents(args)[0]) == 4
