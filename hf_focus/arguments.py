@@ -28,6 +28,7 @@ _RULES = {
     "lora_dropout": BELOW_ONE,
     "eval_share": BELOW_ONE,
     "block_size": optional(int_from(2)),
+    "doc_stride": optional(_WHOLE),
     "max_train_examples": optional(_COUNT),
     "max_eval_examples": optional(_COUNT),
     "mlm_probability": BETWEEN_ZERO_AND_ONE,
@@ -167,6 +168,17 @@ class DataArguments(_Checked):
         text_column: column of the text. Default: text, or the only column of strings.
         text_pair_column: column of the second text (sequence classification of pairs).
         label_column: column of the label (sequence classification).
+        tokens_column: column of the words, a list each row (token classification).
+        tags_column: column of their tags (token classification).
+        question_column: column of the question (question answering).
+        context_column: column of the passage that holds the answer (question answering).
+        answers_column: column of the answers, {'text': [...], 'answer_start': [...]} (question answering).
+        doc_stride: tokens that two windows of a long passage share (question answering). Default: a quarter of
+            block_size.
+        source_column: column of the text to read; a.b is field b of column a (seq2seq).
+        target_column: column of the text to write (seq2seq).
+        source_prefix: put before every text to read, such as a task's name for T5 (seq2seq).
+        audio_column: column of the recording (speech recognition); its text is in text_column.
         block_size: tokens in an example. Default: 512, or the model's limit where that is less.
         max_train_examples: use the first N examples only.
         max_eval_examples: evaluate on the first N examples only.
@@ -191,6 +203,16 @@ class DataArguments(_Checked):
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str = "label"
+    tokens_column: str = "tokens"
+    tags_column: str = "ner_tags"
+    question_column: str = "question"
+    context_column: str = "context"
+    answers_column: str = "answers"
+    doc_stride: int | None = None
+    source_column: str = "source"
+    target_column: str = "target"
+    source_prefix: str = ""
+    audio_column: str = "audio"
     block_size: int | None = None
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
@@ -205,7 +227,8 @@ class TrainArguments(_Checked):
 
     Args:
         output_dir: where the model, its card, the log and the checkpoints go (required).
-        task: causal-lm, masked-lm or sequence-classification.
+        task: causal-lm, masked-lm, sequence-classification, token-classification, question-answering, seq2seq or
+            speech-recognition.
         resume: checkpoint folder to go on from, or 'latest' for the last one in output_dir.
         overwrite_output_dir: replace the log and checkpoints of an earlier run in output_dir.
         seed: seed of everything random.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -50,16 +49,6 @@ class MaskedCollator(DataCollatorForLanguageModeling):
 
 
 @dataclass
-class ClassificationCollator:
-    """Pads texts that were tokenized with their labels."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, examples: list[Batch]) -> Batch:
-        return dict(self.tokenizer.pad(examples, return_tensors="pt"))
-
-
-@dataclass
 class ReproducibleCollator:
     """What a task's collator makes, plus `num_targets`, an int: what the loss of the batch is the mean of.
 
@@ -68,13 +57,13 @@ class ReproducibleCollator:
 
     Args:
         inner: the task's collator.
-        count: `num_targets` from the labels.
+        count: `num_targets` from the batch.
         seed: of the run.
         epoch: set it before an epoch begins.
     """
 
     inner: Callable[[list[Batch]], Batch]
-    count: Callable[[Tensor], int]
+    count: Callable[[Batch], int]
     seed: int = 0
     epoch: int = 0
 
@@ -84,4 +73,4 @@ class ReproducibleCollator:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.seed, self.epoch, *numbers))
             batch = self.inner(examples)
-        return {**batch, "num_targets": self.count(batch["labels"])}
+        return {**batch, "num_targets": self.count(batch)}

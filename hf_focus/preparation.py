@@ -1,39 +1,32 @@
 """The model to train: loaded, patched with FocusA, frozen, given LoRA, and its parameters sorted into groups."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from .arguments import ModelArguments, TrainArguments
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
 from .modeling import FocusMixin
 from .patching import apply_focus
-from .tasks import Task
+from .task_types import Source, Task
 
 DEFAULT_BLOCK_SIZE = 512
 FOCUS_PARAMETER = re.compile(r"(^|\.)focus\.")
 # Scales and offsets: pulling them to zero is no regularisation
 NO_DECAY = re.compile(r"bias|norm|gain", re.IGNORECASE)
-
-
-@dataclass
-class Source:
-    """A model as it was given or loaded.
-
-    config: its config, known before its weights are. model: None until `load_model`. new_parameters: names that the
-    checkpoint did not hold, for example of a new head.
-    """
-
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel | None = None
-    new_parameters: list[str] = field(default_factory=list)
 
 
 def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -> None:
@@ -55,9 +48,14 @@ def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -
 
 
 def find_source(
-    args: ModelArguments, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    args: ModelArguments,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    needs_features: bool = False,
 ) -> Source:
-    """Config and tokenizer of the model that `args` names, or of the objects given.
+    """Config, tokenizer and, if needed, feature extractor of the model that `args` names, or of the objects given.
+
+    A processor given as the tokenizer is both.
 
     Raises:
         FocusConfigError: they are not found, or a model was given without a tokenizer.
@@ -70,6 +68,13 @@ def find_source(
         if model is not None
         else _load(AutoConfig, "model_name_or_path", args.model_name_or_path, options)
     )
+    features = getattr(tokenizer, "feature_extractor", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if needs_features and features is None:
+        if model is not None:
+            accepted = "a processor, which has a feature extractor too, where a model object that hears is given"
+            raise FocusConfigError(bad_value("tokenizer", type(tokenizer).__name__, accepted))
+        features = _load(AutoFeatureExtractor, "model_name_or_path", args.model_name_or_path, options)
     if tokenizer is None and args.tokenizer:
         tokenizer = _load(AutoTokenizer, "tokenizer", args.tokenizer, {"trust_remote_code": args.trust_remote_code})
     elif tokenizer is None:
@@ -86,7 +91,7 @@ def find_source(
                 "tokenizer", f"{len(tokenizer)} tokens", f"at most the {vocabulary} tokens that the model embeds"
             )
         )
-    return Source(config, tokenizer, model)
+    return Source(config, tokenizer, model, features=features if needs_features else None)
 
 
 def find_block_size(asked: int | None, source: Source) -> int:
@@ -97,6 +102,7 @@ def find_block_size(asked: int | None, source: Source) -> int:
     """
     limits = (
         getattr(source.config.get_text_config(), "max_position_embeddings", None),
+        getattr(source.config, "max_target_positions", None),
         source.tokenizer.model_max_length,
     )
     limit = min((value for value in limits if isinstance(value, int) and value > 0), default=DEFAULT_BLOCK_SIZE)

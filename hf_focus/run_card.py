@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .card_checks import is_hub_id
 from .cards import CARD_FILE, PICTURE_FILE, CardFacts, model_card
-from .evaluation import model_inputs
+from .evaluation import score_inputs
 from .plots import mean_spans, plot_run
 from .preparation import is_patched
 from .recording import record_focus
@@ -77,6 +77,7 @@ def write_run_card(
             },
             spans={layer: heads.tolist() for layer, heads in spans.items()},
             picture=picture,
+            auto_class=run.task.auto_class.__name__,
             has_code=bool(getattr(model.config, "auto_map", None)),
             training=_training_table(run, model, model_args, args, trained_parameters, seconds),
         )
@@ -95,7 +96,7 @@ def _measure_spans(run: Run, model: PreTrainedModel) -> dict[str, Tensor]:
         return {}
     rows, size = run.eval_loader.dataset, run.args.eval_batch_size or run.args.batch_size
     batch = run.eval_loader.collate_fn([rows[i] for i in range(min(size, len(rows)))])
-    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items() if name != "labels"}
+    inputs = {name: value.to(model.device) for name, value in score_inputs(batch, run.task).items()}
     with record_focus(model) as records:
         model(**inputs)
     return {layer: spans.cpu() for layer, spans in mean_spans(records).items()}

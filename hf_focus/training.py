@@ -15,7 +15,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, get_scheduler
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .card_checks import check_card_names
@@ -26,7 +26,6 @@ from .data import hold_out, load_documents
 from .errors import FocusConfigError, FocusError, FocusHubError, bad_value
 from .hub import prepare_repo
 from .preparation import (
-    Source,
     check_focus_settings,
     check_model_arguments,
     choose_trained,
@@ -39,7 +38,8 @@ from .preparation import (
 from .run_card import write_run_card
 from .run_log import LOG_FILE, TRACKER_FOLDER, RunLog, check_trackers
 from .sharing import push_folder, replace_model
-from .tasks import Encoded, Task, find_task
+from .task_types import Encoded, Source, Task
+from .tasks import find_task
 from .training_loop import Run, train
 
 # These change where a run writes and how it is watched, not what it computes
@@ -101,7 +101,7 @@ def finetune(
     focus: Any = None,
     *,
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
 ) -> FinetuneResult:
@@ -120,7 +120,7 @@ def finetune(
         model_args, data_args, train_args: see their fields, or `scripts/finetune.py --help`.
         focus: a `FocusConfig`, a dict of its settings or a `FocusArguments`; None: the defaults.
         model: an already built model, trained in place, instead of the one `model_args` names.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or its processor if it hears.
         train_dataset, eval_dataset: documents as `datasets` rows, instead of those `data_args` names; without
             `eval_dataset`, `data_args.eval_share` is held out.
 
@@ -142,7 +142,7 @@ def finetune(
         raise FocusConfigError(bad_value("push_to_hub", True, "False with --no-focus: what is pushed carries FocusA"))
     with _accelerator(train_args, trackers, output_dir) as accelerator:
         repo_id = _prepare_push(accelerator, train_args)
-        source = find_source(model_args, model, tokenizer)
+        source = find_source(model_args, model, tokenizer, task.needs_features)
         check_focus_settings(model_args, focus, source)
         data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
         encoded = _encode(accelerator, task, source, data_args, train_args, train_dataset, eval_dataset)
@@ -247,7 +247,7 @@ def _encode(
     train_rows: Dataset | None,
     eval_rows: Dataset | None,
 ) -> Encoded:
-    task.collator(source.tokenizer, args)
+    task.collator(source, args)
     # The first process prepares, the others read what it cached
     with accelerator.main_process_first():
         if train_rows is None:
@@ -256,7 +256,7 @@ def _encode(
             train_rows, eval_rows = hold_out(
                 train_rows, args.eval_share, train_args.seed, args.text_column, task.by_character
             )
-        encoded = task.encode(train_rows, eval_rows, source.tokenizer, args, args.block_size)
+        encoded = task.encode(train_rows, eval_rows, source, args, args.block_size)
 
     def first(rows: Dataset | None, count: int | None) -> Dataset | None:
         return rows if rows is None or count is None else rows.select(range(min(count, len(rows))))
@@ -265,6 +265,7 @@ def _encode(
         first(encoded.train, args.max_train_examples),
         first(encoded.evaluation, args.max_eval_examples),
         encoded.config,
+        encoded.identity,
     )
 
 
@@ -294,7 +295,7 @@ def _describe(
         **description,
         "model_config": {name: value for name, value in sorted(config.items()) if name not in unrelated},
         "focus_settings": focus.to_dict() if model_args.focus else None,
-        "training_data": digest(encoded.train),
+        "training_data": encoded.identity or digest(encoded.train),
         "processes": accelerator.num_processes,
     }
 
@@ -316,7 +317,7 @@ def _train(
         output_dir.mkdir(parents=True, exist_ok=True)
         if args.overwrite_output_dir:
             remove_checkpoints(output_dir)
-    collator = ReproducibleCollator(task.collator(source.tokenizer, data_args), task.count_targets, args.seed)
+    collator = ReproducibleCollator(task.collator(source, data_args), task.count_targets, args.seed)
     train_loader = DataLoader(
         encoded.train, args.batch_size, shuffle=True, collate_fn=collator, num_workers=args.num_workers
     )
@@ -342,6 +343,7 @@ def _train(
         accelerator=accelerator,
         args=args,
         task=task,
+        source=source,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -356,17 +358,16 @@ def _train(
     )
     accelerator.init_trackers("hf_focus", {k: v for k, v in description.items() if isinstance(v, (int, float, str))})
     seconds, metrics = train(run)
-    return _finish(run, source.tokenizer, arguments, seconds, metrics)
+    return _finish(run, arguments, seconds, metrics)
 
 
 def _finish(
     run: Run,
-    tokenizer: PreTrainedTokenizerBase,
     arguments: tuple[ModelArguments, DataArguments, TrainArguments],
     seconds: float,
     metrics: dict[str, float],
 ) -> FinetuneResult:
-    """Save the model, the tokenizer and the card."""
+    """Save the model, what makes its inputs, and the card."""
     accelerator = run.accelerator
     accelerator.wait_for_everyone()
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
@@ -377,8 +378,11 @@ def _finish(
         # Beside, then moved: a run that is stopped now leaves what was there before
         with TemporaryDirectory(dir=run.output_dir, prefix=".new-") as new:
             model.save_pretrained(new)
-            tokenizer.save_pretrained(new)
+            for part in filter(None, (run.source.tokenizer, run.source.features)):
+                part.save_pretrained(new)
             write_run_card(Path(new), run, model, arguments, trained, seconds, metrics)
             replace_model(Path(new), run.output_dir)
     accelerator.wait_for_everyone()
-    return FinetuneResult(run.output_dir, model, tokenizer, metrics, run.log.lines, run.progress.step, seconds)
+    return FinetuneResult(
+        run.output_dir, model, run.source.tokenizer, metrics, run.log.lines, run.progress.step, seconds
+    )

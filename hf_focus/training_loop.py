@@ -19,9 +19,9 @@ from .arguments import TrainArguments
 from .checkpoints import Progress, save_checkpoint
 from .collators import Batch, ReproducibleCollator, stable_seed
 from .errors import FocusError
-from .evaluation import evaluate_model, model_inputs
+from .evaluation import count_tokens, evaluate_model, model_inputs
 from .run_log import RunLog, peak_memory
-from .tasks import Task
+from .task_types import Source, Task
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Run:
     accelerator: Accelerator
     args: TrainArguments
     task: Task
+    source: Source
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -185,12 +186,12 @@ def _step(run: Run, group: list[Batch]) -> tuple[Tensor, Tensor | None, int]:
     if not accelerator.optimizer_step_was_skipped:
         run.scheduler.step()
     run.optimizer.zero_grad()
-    return sum_of_losses, grad_norm, sum(batch["input_ids"].numel() for batch in group)
+    return sum_of_losses, grad_norm, sum(map(count_tokens, group))
 
 
 def _evaluate(run: Run) -> dict[str, float]:
     if run.eval_loader is None:
         return {}
-    metrics = evaluate_model(run.accelerator, run.model, run.eval_loader, run.task, run.args.progress_bar)
+    metrics = evaluate_model(run.accelerator, run.model, run.eval_loader, run.task, run.source, run.args.progress_bar)
     run.log.add(run.progress.step, {f"eval_{name}": value for name, value in metrics.items()})
     return metrics
