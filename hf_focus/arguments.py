@@ -29,6 +29,7 @@ _RULES = {
     "eval_share": BELOW_ONE,
     "block_size": optional(int_from(2)),
     "doc_stride": optional(_WHOLE),
+    "shuffle_buffer": _WHOLE,
     "max_train_examples": optional(_COUNT),
     "max_eval_examples": optional(_COUNT),
     "mlm_probability": BETWEEN_ZERO_AND_ONE,
@@ -179,6 +180,10 @@ class DataArguments(_Checked):
         target_column: column of the text to write (seq2seq).
         source_prefix: put before every text to read, such as a task's name for T5 (seq2seq).
         audio_column: column of the recording (speech recognition); its text is in text_column.
+        streaming: read the training data as training goes on, instead of preparing all of it first (causal LM).
+        shuffle_buffer: documents of a stream that the next one is drawn from; 0: the order of the source.
+        packing: joined: documents one after the other, cut into examples; separate: whole documents side by side, none
+            of which attends to another (causal LM).
         block_size: tokens in an example. Default: 512, or the model's limit where that is less.
         max_train_examples: use the first N examples only.
         max_eval_examples: evaluate on the first N examples only.
@@ -213,6 +218,9 @@ class DataArguments(_Checked):
     target_column: str = "target"
     source_prefix: str = ""
     audio_column: str = "audio"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    packing: Literal["joined", "separate"] = "joined"
     block_size: int | None = None
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
@@ -229,6 +237,8 @@ class TrainArguments(_Checked):
         output_dir: where the model, its card, the log and the checkpoints go (required).
         task: causal-lm, masked-lm, sequence-classification, token-classification, question-answering, seq2seq or
             speech-recognition.
+        objective: task: the task's own loss; match: teach layers limited by max_dist what the model's own attention
+            gives, the base frozen; the first of two stages.
         resume: checkpoint folder to go on from, or 'latest' for the last one in output_dir.
         overwrite_output_dir: replace the log and checkpoints of an earlier run in output_dir.
         seed: seed of everything random.
@@ -271,6 +281,7 @@ class TrainArguments(_Checked):
 
     output_dir: str = ""
     task: str = "causal-lm"
+    objective: Literal["task", "match"] = "task"
     resume: str | None = None
     overwrite_output_dir: bool = False
     seed: int = 0

@@ -30,6 +30,38 @@ class CausalCollator:
         return dict(batch)
 
 
+@dataclass
+class SeparateCollator:
+    """Rows that hold several documents: positions begin anew in each, which transformers reads as their borders.
+
+    There is no attention mask, and no cache is made: with either, transformers does not look for borders. What is
+    padded on the right counts as one more document.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, examples: list[Batch]) -> Batch:
+        size = max(len(example["input_ids"]) for example in examples)
+        ids = torch.full((len(examples), size), self.tokenizer.pad_token_id)
+        labels = torch.full_like(ids, IGNORED)
+        positions = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            tokens = torch.tensor(example["input_ids"])
+            ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
+            lengths = [*example["lengths"], size - len(tokens)]
+            positions[row] = torch.cat([torch.arange(length) for length in lengths])
+        # The model shifts: the first token of a document would be predicted from the document before
+        labels[positions == 0] = IGNORED
+        num_bytes = torch.tensor([example["num_bytes"] for example in examples])
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "num_bytes": num_bytes,
+            "use_cache": False,
+        }
+
+
 class MaskedCollator(DataCollatorForLanguageModeling):
     """transformers' masking (80% mask, 10% random, 10% kept), with at least one token to predict in an example."""
 

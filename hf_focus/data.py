@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Value
 
@@ -27,6 +27,7 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
 
     Returns:
         train and eval rows, with the columns of the source; eval is None with `eval_share=0` and nothing else given.
+        With `args.streaming`, train, and eval of a named data set, are an `IterableDataset`.
 
     Raises:
         FocusDataError: a file or data set is missing, empty, not readable, or neither or both were given.
@@ -37,7 +38,7 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
     if args.dataset:
         train, evaluation = _load_named(args)
     else:
-        train = load_files(args.train_files, "train_files", args.sample_by, args.cache_dir)
+        train = load_files(args.train_files, "train_files", args.sample_by, args.cache_dir, args.streaming)
         evaluation = None
     if args.eval_files:
         evaluation = load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir)
@@ -49,8 +50,12 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
 
 
 def load_files(
-    names: Sequence[str | Path], argument: str = "files", sample_by: str = "document", cache_dir: str | None = None
-) -> Dataset:
+    names: Sequence[str | Path],
+    argument: str = "files",
+    sample_by: str = "document",
+    cache_dir: str | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """Rows of local files of one format.
 
     Args:
@@ -58,6 +63,7 @@ def load_files(
         argument: name of the argument they came from, for messages.
         sample_by: what one row of a .txt file is: `"document"` (the file), `"paragraph"` or `"line"`.
         cache_dir: where `datasets` keeps what it read; None: its default.
+        streaming: read them when the rows are asked for.
 
     Raises:
         FocusDataError: a file is missing, empty, of another format, or not readable as its extension says.
@@ -77,19 +83,29 @@ def load_files(
     options = {"sample_by": sample_by} if builder == "text" else {}
     try:
         rows = load_dataset(
-            builder, data_files=[str(path) for path in paths], split="train", cache_dir=cache_dir, **options
+            builder,
+            data_files=[str(path) for path in paths],
+            split="train",
+            cache_dir=cache_dir,
+            streaming=streaming,
+            **options,
         )
+        has_rows = _has_rows(rows)
     except Exception as error:
         # `datasets` wraps whatever the parser raised: the type says nothing
         accepted = f"well-formed {builder} files with at least one row ({_first_line(error)})"
         raise FocusDataError(bad_value(argument, [str(path) for path in paths], accepted)) from error
-    return _not_empty(rows, argument, [str(path) for path in paths])
+    if not has_rows:
+        raise FocusDataError(bad_value(argument, [str(path) for path in paths], "data with at least one row"))
+    return rows
 
 
-def _load_named(args: DataArguments) -> tuple[Dataset, Dataset | None]:
+def _load_named(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     def load(split: str | None) -> Any:
         try:
-            return load_dataset(args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir)
+            return load_dataset(
+                args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir, streaming=args.streaming
+            )
         except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
             accepted = f"a data set of the Hub, reachable from here, or a folder of data files ({_first_line(error)})"
             raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
@@ -102,7 +118,7 @@ def _load_named(args: DataArguments) -> tuple[Dataset, Dataset | None]:
         return _not_empty(train, "train_split", args.train_split), _not_empty(
             load(args.eval_split), "eval_split", args.eval_split
         )
-    splits: DatasetDict = load(None)
+    splits: DatasetDict | IterableDatasetDict = load(None)
     found = next((name for name in EVAL_SPLITS if name in splits), None)
     return _not_empty(train, "dataset", args.dataset), splits[found] if found else None
 
@@ -114,8 +130,13 @@ def hold_out(
     the end of every document.
 
     Raises:
-        FocusDataError: too few rows, and they may not be cut.
+        FocusDataError: too few rows, and they may not be cut; or a stream.
     """
+    if isinstance(rows, IterableDataset):
+        accepted = (
+            "0 with a stream, of which nothing is held out, or evaluation data of its own (eval_files, eval_split)"
+        )
+        raise FocusDataError(bad_value("eval_share", share, accepted))
     count = int(len(rows) * share)
     if count:
         parts = rows.train_test_split(test_size=count, seed=seed)
@@ -130,13 +151,18 @@ def hold_out(
     return Dataset.from_dict({column: head}), Dataset.from_dict({column: tail})
 
 
-def find_text_column(rows: Dataset, asked: str | None = None, argument: str = "text_column") -> str:
+def _features(rows: Dataset | IterableDataset) -> Features:
+    """The types of the columns; a stream may not know them before its first row."""
+    return rows.features or Dataset.from_list([next(iter(rows))]).features
+
+
+def find_text_column(rows: Dataset | IterableDataset, asked: str | None = None, argument: str = "text_column") -> str:
     """The column of the text: the one asked for, `text`, or the only column of strings.
 
     Raises:
         FocusDataError: there is none, several, or it holds no strings.
     """
-    strings = [name for name, kind in rows.features.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    strings = [name for name, kind in _features(rows).items() if isinstance(kind, Value) and "string" in kind.dtype]
     if asked is None and "text" in strings:
         return "text"
     if asked is None and len(strings) == 1:
@@ -146,8 +172,12 @@ def find_text_column(rows: Dataset, asked: str | None = None, argument: str = "t
     return asked
 
 
-def _not_empty(rows: Dataset, argument: str, value: Any) -> Dataset:
-    if len(rows) == 0:
+def _has_rows(rows: Dataset | IterableDataset) -> bool:
+    return next(iter(rows), None) is not None if isinstance(rows, IterableDataset) else len(rows) > 0
+
+
+def _not_empty(rows: Dataset | IterableDataset, argument: str, value: Any) -> Dataset | IterableDataset:
+    if not _has_rows(rows):
         raise FocusDataError(bad_value(argument, value, "data with at least one row"))
     return rows
 

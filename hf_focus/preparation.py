@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -25,8 +25,8 @@ from .task_types import Source, Task
 
 DEFAULT_BLOCK_SIZE = 512
 FOCUS_PARAMETER = re.compile(r"(^|\.)focus\.")
-# Scales and offsets: pulling them to zero is no regularisation
-NO_DECAY = re.compile(r"bias|norm|gain", re.IGNORECASE)
+# Scales, offsets, and FocusA's gates and predictor: pulling them to zero is no regularisation
+NO_DECAY = re.compile(r"bias|norm|gain|\.focus\.(predictor|span|readout|mix)", re.IGNORECASE)
 
 
 def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -> None:
@@ -45,6 +45,26 @@ def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -
         raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0 with --freeze-base: LoRA changes the base"))
     if args.lora_rank and find_spec("peft") is None:
         raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0, or peft installed (pip install peft)"))
+
+
+def check_objective(objective: str, args: ModelArguments, focus: FocusConfig, source: Source) -> None:
+    """Refuse to match where there is nothing to match, or what is matched would move.
+
+    Raises:
+        FocusConfigError: see above.
+    """
+    if objective != "match":
+        return
+    carried = getattr(source.config, "focus_config", None)
+    max_dist = focus.max_dist if carried is None else carried["max_dist"]
+    if not args.freeze_base:
+        accepted = "True with the objective match: the base is what is matched"
+        raise FocusConfigError(bad_value("freeze_base", False, accepted))
+    if max_dist is None:
+        accepted = "a number with the objective match: without a limit there is nothing to match"
+        raise FocusConfigError(bad_value("max_dist", None, accepted))
+    if args.gradient_checkpointing:
+        raise FocusConfigError(bad_value("gradient_checkpointing", True, "False with the objective match"))
 
 
 def find_source(
@@ -172,6 +192,37 @@ def load_model(source: Source, task: Task, args: ModelArguments, config: dict[st
     return source.model
 
 
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Whether the model keeps documents apart that lie in one row, told by positions that begin anew.
+
+    Raises:
+        FocusConfigError: it does not.
+    """
+    size = 4
+    first, other, last = torch.arange(3 * size, device=model.device).view(3, 1, size) % model.config.vocab_size
+    positions = torch.arange(size, device=model.device)[None]
+    was_training = model.training
+    model.eval()
+
+    def logits_of_last(*parts: Tensor) -> Tensor:
+        places = positions.repeat(1, len(parts))
+        return model(torch.cat(parts, dim=1), position_ids=places, use_cache=False).logits[:, -size:].float()
+
+    try:
+        alone, after_one, after_other = (logits_of_last(*p) for p in ((last,), (first, last), (other, last)))
+        # Whatever the precision, what was in front may not be seen
+        kept_apart = torch.equal(after_one, after_other) and torch.allclose(alone, after_one, 0.05, 0.05)
+    except TypeError:
+        # It takes no positions
+        kept_apart = False
+    finally:
+        model.train(was_training)
+    if not kept_apart:
+        accepted = f"'joined': {type(model).__name__} does not keep documents in one row apart"
+        raise FocusConfigError(bad_value("packing", "separate", accepted))
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether the model carries FocusA."""
     return isinstance(model, FocusMixin)
@@ -239,7 +290,8 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
 def parameter_groups(model: nn.Module, args: TrainArguments) -> list[dict[str, Any]]:
     """Trained parameters for AdamW: base or FocusA, each with and without weight decay.
 
-    Vectors, biases, norms and gains get no decay. FocusA's get `args.focus_learning_rate`, where it is set.
+    Vectors, biases, norms, gains, FocusA's predictor and its gates get no decay. FocusA's parameters get
+    `args.focus_learning_rate`, where it is set.
     """
     rates = {False: args.learning_rate, True: args.focus_learning_rate or args.learning_rate}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

@@ -1,30 +1,69 @@
 """Tasks on running text: causal and masked language modelling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset
+from datasets import IterableDataset as DocumentStream
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from .arguments import DataArguments
-from .collators import IGNORED, Batch, CausalCollator, MaskedCollator
+from .collators import IGNORED, Batch, CausalCollator, MaskedCollator, SeparateCollator
 from .data import find_text_column
-from .errors import FocusConfigError, bad_value
-from .packing import BlockShape, causal_shape, masked_shape, pack
-from .task_types import Encoded, Scores, Source, Task, count_labels, encode_parts, score_labels, token_scores
+from .errors import FocusConfigError, FocusDataError, bad_value
+from .packing import BlockShape, causal_shape, joined_blocks, masked_shape, pack, separate_blocks, tokenized
+from .streaming import ExampleStream, batched, stream_identity
+from .task_types import (
+    Encoded,
+    Scores,
+    Source,
+    Task,
+    count_labels,
+    data_argument,
+    encode_parts,
+    numbered,
+    score_labels,
+    token_scores,
+)
 
 
 def _encode_blocks(make_shape: Callable[[PreTrainedTokenizerBase, int], BlockShape]) -> Callable[..., Encoded]:
     def encode(train: Dataset, evaluation: Dataset | None, source: Source, args: DataArguments, size: int) -> Encoded:
         shape = make_shape(source.tokenizer, size)
+        separate = args.packing == "separate"
 
         def blocks(rows: Dataset, argument: str) -> Dataset:
             column = find_text_column(rows, args.text_column)
-            return pack(rows, source.tokenizer, column, shape, argument, args.cache_dir)
+            return pack(rows, source.tokenizer, column, shape, argument, args.cache_dir, separate)
 
-        return Encoded(*encode_parts(train, evaluation, args, blocks))
+        if not isinstance(train, DocumentStream):
+            return Encoded(*encode_parts(train, evaluation, args, blocks))
+
+        def stream(documents: DocumentStream, limit: int | None, shuffle_buffer: int = 0) -> ExampleStream:
+            column = find_text_column(documents, args.text_column)
+
+            def make(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+                tokens = tokenized(batched(rows, column), source.tokenizer, column)
+                return separate_blocks(tokens, shape) if separate else joined_blocks(tokens, shape)
+
+            return ExampleStream(documents, make, limit, shuffle_buffer)
+
+        if isinstance(evaluation, DocumentStream):
+            found = list(stream(evaluation, args.max_eval_examples))
+            if not found:
+                accepted = "documents that hold text"
+                raise FocusDataError(bad_value("eval_split", "documents without text", accepted))
+            evaluation = Dataset.from_list(found)
+        elif evaluation is not None:
+            evaluation = numbered(blocks(evaluation, data_argument(args, False)))
+        examples = stream(train, args.max_train_examples, args.shuffle_buffer)
+        return Encoded(examples, evaluation, identity=stream_identity(train, args))
 
     return encode
+
+
+def _causal_collator(source: Source, args: DataArguments) -> CausalCollator | SeparateCollator:
+    return (SeparateCollator if args.packing == "separate" else CausalCollator)(source.tokenizer)
 
 
 def _score_causal(outputs: Any, batch: Batch, source: Source) -> Scores:
@@ -43,10 +82,11 @@ CAUSAL_LM = Task(
     auto_class=AutoModelForCausalLM,
     pipeline_tag="text-generation",
     encode=_encode_blocks(causal_shape),
-    collator=lambda source, args: CausalCollator(source.tokenizer),
+    collator=_causal_collator,
     count_targets=lambda batch: int((batch["labels"][:, 1:] != IGNORED).sum()),
     score=_score_causal,
     reported=("loss", "perplexity", "bits_per_byte", "accuracy"),
+    streams=True,
 )
 MASKED_LM = Task(
     name="masked-lm",

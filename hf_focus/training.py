@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, get_scheduler
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
@@ -28,6 +28,8 @@ from .hub import prepare_repo
 from .preparation import (
     check_focus_settings,
     check_model_arguments,
+    check_objective,
+    check_packing,
     choose_trained,
     find_block_size,
     find_source,
@@ -38,6 +40,7 @@ from .preparation import (
 from .run_card import write_run_card
 from .run_log import LOG_FILE, TRACKER_FOLDER, RunLog, check_trackers
 from .sharing import push_folder, replace_model
+from .streaming import check_stream
 from .task_types import Encoded, Source, Task
 from .tasks import find_task
 from .training_loop import Run, train
@@ -134,6 +137,7 @@ def finetune(
     task = find_task(train_args.task)
     focus = focus.to_config() if hasattr(focus, "to_config") else FocusConfig.build(focus)
     check_model_arguments(model_args, model)
+    check_stream(task, data_args, train_args, train_dataset)
     check_card_names(model_args.license, model_args.language)
     trackers = check_trackers(train_args.report_to)
     output_dir = Path(train_args.output_dir)
@@ -144,6 +148,7 @@ def finetune(
         repo_id = _prepare_push(accelerator, train_args)
         source = find_source(model_args, model, tokenizer, task.needs_features)
         check_focus_settings(model_args, focus, source)
+        check_objective(train_args.objective, model_args, focus, source)
         data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
         encoded = _encode(accelerator, task, source, data_args, train_args, train_dataset, eval_dataset)
         description = _describe(model_args, data_args, train_args, focus, source, encoded, accelerator)
@@ -152,6 +157,8 @@ def finetune(
             progress = read_progress(checkpoint, train_args.resume, description)
         torch.manual_seed(train_args.seed)
         load_model(source, task, model_args, encoded.config)
+        if data_args.packing == "separate":
+            check_packing(source.model)
         trained = choose_trained(source, task, model_args, focus, train_args.seed)
         arguments = (model_args, data_args, train_args)
         result = _train(accelerator, task, source, trained, encoded, description, checkpoint, progress, arguments)
@@ -211,7 +218,12 @@ def _accelerator(args: TrainArguments, trackers: list[str], output_dir: Path) ->
                 mixed_precision=args.mixed_precision,
                 log_with=trackers or None,
                 project_config=ProjectConfiguration(str(output_dir), str(output_dir / TRACKER_FOLDER)),
-                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+                dataloader_config=DataLoaderConfiguration(
+                    use_seedable_sampler=True,
+                    data_seed=args.seed,
+                    # Of a stream every process takes its own part; the first one would hand out all of it
+                    dispatch_batches=False,
+                ),
                 # Steps are counted here, and so is accumulation: accelerate would take the mean of means
                 step_scheduler_with_optimizer=False,
             )
@@ -259,7 +271,7 @@ def _encode(
         encoded = task.encode(train_rows, eval_rows, source, args, args.block_size)
 
     def first(rows: Dataset | None, count: int | None) -> Dataset | None:
-        return rows if rows is None or count is None else rows.select(range(min(count, len(rows))))
+        return rows if count is None or not isinstance(rows, Dataset) else rows.select(range(min(count, len(rows))))
 
     return Encoded(
         first(encoded.train, args.max_train_examples),
@@ -318,8 +330,17 @@ def _train(
         if args.overwrite_output_dir:
             remove_checkpoints(output_dir)
     collator = ReproducibleCollator(task.collator(source, data_args), task.count_targets, args.seed)
+    streams = isinstance(encoded.train, IterableDataset)
+    if streams:
+        encoded.train.shuffle(args.seed)
     train_loader = DataLoader(
-        encoded.train, args.batch_size, shuffle=True, collate_fn=collator, num_workers=args.num_workers
+        encoded.train,
+        args.batch_size,
+        # The end of a stream cannot be shared out evenly
+        shuffle=not streams,
+        drop_last=streams,
+        collate_fn=collator,
+        num_workers=args.num_workers,
     )
     eval_loader = None
     if encoded.evaluation is not None:
@@ -332,8 +353,8 @@ def _train(
         parameter_groups(model, args), betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
     )
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    steps_per_epoch = ceil(len(train_loader) / args.gradient_accumulation_steps)
-    max_steps = args.max_steps or ceil(args.num_epochs * steps_per_epoch)
+    # A stream has no length, and is trained on for `max_steps`
+    max_steps = args.max_steps or ceil(args.num_epochs * ceil(len(train_loader) / args.gradient_accumulation_steps))
     scheduler = accelerator.prepare(
         get_scheduler(args.schedule, optimizer, ceil(args.warmup_share * max_steps), max_steps)
     )

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from .arguments import TrainArguments
 from .checkpoints import Progress, save_checkpoint
 from .collators import Batch, ReproducibleCollator, stable_seed
-from .errors import FocusError
-from .evaluation import count_tokens, evaluate_model, model_inputs
+from .errors import FocusDataError, FocusError, bad_value
+from .evaluation import count_tokens, evaluate_model, model_inputs, score_inputs
+from .matching import match_loss
 from .run_log import RunLog, peak_memory
 from .task_types import Source, Task
 
@@ -79,7 +80,7 @@ class _Meter:
             "loss": loss / self.steps,
             "grad_norm": self.sums[1].item() / self.steps,
             "learning_rate": run.scheduler.get_last_lr()[0],
-            "epoch": run.progress.epoch + run.progress.batches / len(run.train_loader),
+            "epoch": _epoch(run),
             "tokens_per_second": tokens / self.seconds,
             "seconds": time.perf_counter() - self.begun,
             "peak_memory_bytes": peak_memory(run.accelerator.device),
@@ -144,6 +145,13 @@ def train(run: Run) -> tuple[float, dict[str, float]]:
     return seconds, metrics
 
 
+def _epoch(run: Run) -> float:
+    """Passes made over the data; of a stream, whole ones."""
+    if isinstance(run.train_loader.dataset, IterableDataset):
+        return run.progress.epoch
+    return run.progress.epoch + run.progress.batches / len(run.train_loader)
+
+
 def _groups(run: Run) -> Iterator[list[Batch]]:
     """Batches for one optimizer step at a time, epoch after epoch, from where `run.progress` is."""
     progress = run.progress
@@ -153,9 +161,13 @@ def _groups(run: Run) -> Iterator[list[Batch]]:
         loader.set_epoch(progress.epoch)
         if progress.batches:
             loader = skip_first_batches(loader, progress.batches)
-        batches = iter(loader)
+        batches, begun = iter(loader), bool(progress.batches)
         while group := list(islice(batches, run.args.gradient_accumulation_steps)):
+            begun = True
             yield group
+        if not begun:
+            accepted = "a stream with at least one batch for every process"
+            raise FocusDataError(bad_value("batch_size", run.args.batch_size, accepted))
         progress.epoch += 1
         progress.batches = 0
 
@@ -171,11 +183,8 @@ def _step(run: Run, group: list[Batch]) -> tuple[Tensor, Tensor | None, int]:
     for number, batch in enumerate(group):
         is_last = number == len(group) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            outputs = model(**model_inputs(batch))
-            # The loss is the mean over this batch's targets; every target of the step weighs the same. Without
-            # targets it is NaN, and the backward pass has to be made all the same, since other processes wait for it
-            mean = outputs.loss if batch["num_targets"] else outputs.logits.sum() * 0
-            loss = mean * (batch["num_targets"] / max(total, 1))
+            # The loss is the mean over this batch's targets; every target of the step weighs the same
+            loss = _mean_loss(run, batch) * (batch["num_targets"] / max(total, 1))
             # Processes' gradients are averaged
             accelerator.backward(loss * accelerator.num_processes)
             sum_of_losses += loss.detach().float()
@@ -187,6 +196,14 @@ def _step(run: Run, group: list[Batch]) -> tuple[Tensor, Tensor | None, int]:
         run.scheduler.step()
     run.optimizer.zero_grad()
     return sum_of_losses, grad_norm, sum(map(count_tokens, group))
+
+
+def _mean_loss(run: Run, batch: Batch) -> Tensor:
+    if run.args.objective == "match":
+        return match_loss(run.model, score_inputs(batch, run.task))
+    outputs = run.model(**model_inputs(batch))
+    # Without targets it is NaN, and the backward pass has to be made all the same, since other processes wait for it
+    return outputs.loss if batch["num_targets"] else outputs.logits.sum() * 0
 
 
 def _evaluate(run: Run) -> dict[str, float]:
