@@ -56,13 +56,16 @@ def check_objective(objective: str, args: ModelArguments, focus: FocusConfig, so
     if objective != "match":
         return
     carried = getattr(source.config, "focus_config", None)
-    max_dist = focus.max_dist if carried is None else carried["max_dist"]
+    settings = focus.to_dict() if carried is None else carried
     if not args.freeze_base:
         accepted = "True with the objective match: the base is what is matched"
         raise FocusConfigError(bad_value("freeze_base", False, accepted))
-    if max_dist is None:
+    if settings["max_dist"] is None:
         accepted = "a number with the objective match: without a limit there is nothing to match"
         raise FocusConfigError(bad_value("max_dist", None, accepted))
+    if settings["span_penalty"]:
+        # It is added to the task's loss, which is not computed
+        raise FocusConfigError(bad_value("span_penalty", settings["span_penalty"], "0 with the objective match"))
     if args.gradient_checkpointing:
         raise FocusConfigError(bad_value("gradient_checkpointing", True, "False with the objective match"))
 

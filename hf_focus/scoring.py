@@ -16,7 +16,7 @@ from .configuration import FocusConfig
 from .data import load_documents, load_files
 from .errors import FocusConfigError, FocusDataError, bad_value
 from .evaluation import evaluate_model
-from .preparation import choose_trained, find_block_size, find_source, load_model
+from .preparation import check_packing, choose_trained, find_block_size, find_source, load_model
 from .tasks import find_task
 
 
@@ -72,7 +72,7 @@ def evaluate_saved(
         FocusConfigError, FocusDataError: the model, its head for the task, or the data is missing.
     """
     task = find_task(task_name)
-    model_args = replace(model_args, focus=False)
+    model_args, data_args = replace(model_args, focus=False), replace(data_args, streaming=False)
     rows = evaluation_rows(data_args, seed, task.by_character)
     source = find_source(model_args, needs_features=task.needs_features)
     data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
@@ -84,6 +84,8 @@ def evaluate_saved(
     if data_args.max_eval_examples is not None:
         examples = examples.select(range(min(data_args.max_eval_examples, len(examples))))
     load_model(source, task, model_args, {})
+    if data_args.packing == "separate":
+        check_packing(source.model)
     if source.new_parameters:
         accepted = f"a model with a trained head for {task.name}; {', '.join(source.new_parameters)} would be random"
         raise FocusConfigError(bad_value("model", model_args.model_name_or_path, accepted))
