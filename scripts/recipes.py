@@ -51,6 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="of each recipe, both stages together")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256, help="tokens of an example")
+    parser.add_argument("--eval-bytes", type=int, default=60_000, help="of held-out text")
     parser.add_argument("--max-dist", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +89,7 @@ def run(name: str, stages: list[dict[str, Any]], common: dict[str, Any], out: Pa
 def main(argv: list[str]) -> None:
     args = parse(argv)
     out, tokens = args.output_dir, args.batch_size * args.block_size
-    sizes = {"pretrain": 4 * tokens * args.pretrain_steps, "train": 4 * tokens * args.steps, "eval": 60_000}
+    sizes = {"pretrain": 4 * tokens * args.pretrain_steps, "train": 4 * tokens * args.steps, "eval": args.eval_bytes}
     files = write_stdlib_corpus(out / "text", sizes)
     common = {
         "eval_files": files["eval"],
