@@ -1,115 +1,23 @@
 """Arguments of fine-tuning: dataclasses that become flags, or are read from a YAML or JSON file."""
 
 import json
-import re
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
 
+from .argument_rules import Checked, documented, setting_texts
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
-from .rules import BELOW_ONE, BETWEEN_ZERO_AND_ONE, BOOL, NON_NEGATIVE, Rule, int_from, number, optional
-
-_COUNT = int_from(1)
-_WHOLE = int_from(0)
-_POSITIVE = number("a number > 0", lambda value: value > 0)
-_NAME = Rule("a non-empty string", lambda value: isinstance(value, str) and bool(value.strip()))
-
-_RULES = {
-    "model_name_or_path": optional(_NAME),
-    "lora_rank": _WHOLE,
-    "lora_alpha": optional(_POSITIVE),
-    "lora_dropout": BELOW_ONE,
-    "eval_share": BELOW_ONE,
-    "block_size": optional(int_from(2)),
-    "max_train_examples": optional(_COUNT),
-    "max_eval_examples": optional(_COUNT),
-    "mlm_probability": BETWEEN_ZERO_AND_ONE,
-    "output_dir": _NAME,
-    "seed": _WHOLE,
-    "num_epochs": _POSITIVE,
-    "max_steps": optional(_COUNT),
-    "batch_size": _COUNT,
-    "eval_batch_size": optional(_COUNT),
-    "gradient_accumulation_steps": _COUNT,
-    "learning_rate": _POSITIVE,
-    "focus_learning_rate": optional(_POSITIVE),
-    "weight_decay": NON_NEGATIVE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
-    "adam_epsilon": _POSITIVE,
-    "max_grad_norm": optional(_POSITIVE),
-    "warmup_share": BELOW_ONE,
-    "logging_steps": _COUNT,
-    "eval_steps": optional(_COUNT),
-    "early_stopping_patience": optional(_COUNT),
-    "early_stopping_threshold": NON_NEGATIVE,
-    "greater_is_better": optional(BOOL),
-    "metric_for_best_model": _NAME,
-    "torch_compile_backend": _NAME,
-    "save_steps": optional(_COUNT),
-    "save_limit": optional(_COUNT),
-    "num_processes": optional(_COUNT),
-    "num_workers": _WHOLE,
-    "hub_model_id": optional(_NAME),
-}
 
 
-def _setting_texts(documented: type) -> dict[str, str]:
-    """What the docstring of a class of settings says about each of them."""
-    section = cleandoc(documented.__doc__).partition("Args:")[2].partition("Raises:")[0]
-    entries = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", section, flags=re.MULTILINE | re.DOTALL)
-    # argparse reads % as a format
-    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
-
-
-def _documented(cls: type) -> type:
-    """A dataclass whose flags are explained by its docstring."""
-    texts = _setting_texts(cls)
-    for item in fields(cls):
-        item.metadata = {"help": texts[item.name]}
-    return cls
-
-
-class _Checked:
-    """Validates every field on construction: by its rule above, or by the choices of its `Literal` type."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if isinstance(value, Path):
-                value = str(value)
-                setattr(self, setting.name, value)
-            rule = _RULES.get(setting.name) or _rule_of_type(hints[setting.name])
-            if not rule.holds(value):
-                raise FocusConfigError(bad_value(setting.name, value, rule.accepted))
-
-
-def _rule_of_type(hint: Any) -> Rule:
-    options = get_args(hint)
-    if options and all(isinstance(option, str) for option in options):
-        return Rule("one of " + ", ".join(map(repr, options)), lambda value: value in options)
-    if hint is bool:
-        return BOOL
-    if list[str] in (hint, *options):
-        strings = Rule(
-            "a list of strings",
-            lambda value: isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value),
-        )
-        return optional(strings)
-    return optional(Rule("a string", lambda value: isinstance(value, str)))
-
-
-@_documented
+@documented
 @dataclass
-class ModelArguments(_Checked):
+class ModelArguments(Checked):
     """Which model is trained, and which of its weights.
 
     Args:
@@ -155,9 +63,9 @@ class ModelArguments(_Checked):
     language: list[str] | None = None
 
 
-@_documented
+@documented
 @dataclass
-class DataArguments(_Checked):
+class DataArguments(Checked):
     """What the model is trained and evaluated on: a data set by name, or local files.
 
     Args:
@@ -169,10 +77,26 @@ class DataArguments(_Checked):
         eval_files: local files to evaluate on. Default: a held-out share of the train files.
         eval_share: share held out for evaluation where nothing else is given; 0: no evaluation.
         sample_by: what one document of a .txt file is.
-        bad_lines: refuse a .jsonl file with a corrupt line, naming it, or leave such lines out.
+        bad_lines: refuse a .jsonl file with a corrupt line, naming it, or leave such lines out; when it is
+            met, with streaming.
         text_column: column of the text. Default: text, or the only column of strings.
         text_pair_column: column of the second text (sequence classification of pairs).
         label_column: column of the label (sequence classification).
+        tokens_column: column of the words, a list each row (token classification).
+        tags_column: column of their tags (token classification).
+        question_column: column of the question (question answering).
+        context_column: column of the passage that holds the answer (question answering).
+        answers_column: column of the answers, {'text': [...], 'answer_start': [...]} (question answering).
+        doc_stride: tokens that two windows of a long passage share (question answering). Default: a quarter of
+            block_size.
+        source_column: column of the text to read; a.b is field b of column a (seq2seq).
+        target_column: column of the text to write (seq2seq).
+        source_prefix: put before every text to read, such as a task's name for T5 (seq2seq).
+        audio_column: column of the recording (speech recognition); its text is in text_column.
+        streaming: read the training data as training goes on, instead of preparing all of it first (causal LM).
+        shuffle_buffer: documents of a stream that the next one is drawn from; 0: the order of the source.
+        packing: joined: documents one after the other, cut into examples; separate: whole documents side by side, none
+            of which attends to another (causal LM).
         block_size: tokens in an example. Default: 512, or the model's limit where that is less.
         max_train_examples: use the first N examples only.
         max_eval_examples: evaluate on the first N examples only.
@@ -198,6 +122,19 @@ class DataArguments(_Checked):
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str = "label"
+    tokens_column: str = "tokens"
+    tags_column: str = "ner_tags"
+    question_column: str = "question"
+    context_column: str = "context"
+    answers_column: str = "answers"
+    doc_stride: int | None = None
+    source_column: str = "source"
+    target_column: str = "target"
+    source_prefix: str = ""
+    audio_column: str = "audio"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    packing: Literal["joined", "separate"] = "joined"
     block_size: int | None = None
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
@@ -205,14 +142,17 @@ class DataArguments(_Checked):
     cache_dir: str | None = None
 
 
-@_documented
+@documented
 @dataclass
-class TrainArguments(_Checked):
+class TrainArguments(Checked):
     """How training runs.
 
     Args:
         output_dir: where the model, its card, the log and the checkpoints go (required).
-        task: causal-lm, masked-lm or sequence-classification.
+        task: causal-lm, masked-lm, sequence-classification, token-classification, question-answering, seq2seq or
+            speech-recognition.
+        objective: task: the task's own loss; match: teach layers limited by max_dist what the model's own attention
+            gives, the base frozen; the first of two stages.
         resume: checkpoint folder to go on from, or 'latest' for the last one in output_dir.
         overwrite_output_dir: replace the log and checkpoints of an earlier run in output_dir.
         seed: seed of everything random.
@@ -262,6 +202,7 @@ class TrainArguments(_Checked):
 
     output_dir: str = ""
     task: str = "causal-lm"
+    objective: Literal["task", "match"] = "task"
     resume: str | None = None
     overwrite_output_dir: bool = False
     seed: int = 0
@@ -305,7 +246,7 @@ class TrainArguments(_Checked):
 
 
 def _focus_arguments() -> type:
-    texts = _setting_texts(FocusConfig)
+    texts = setting_texts(FocusConfig)
     settings = [
         (item.name, item.type, field(default=item.default, metadata={"help": texts[item.name]}))
         for item in fields(FocusConfig)

@@ -37,14 +37,14 @@ _KINDS = {
         "model_card.md",
         "transformers",
         "finetune",
-        "from transformers import {auto_class}{tokenizer_class}",
+        "from transformers import {feature_class}{auto_class}{tokenizer_class}",
         "model = {auto_class}.from_pretrained(name)",
     ),
     "adapter": _Kind(
         "adapter_card.md",
         "peft",
         "adapter",
-        "from peft import PeftModel\nfrom transformers import {auto_class}{tokenizer_class}",
+        "from peft import PeftModel\nfrom transformers import {feature_class}{auto_class}{tokenizer_class}",
         'model = PeftModel.from_pretrained({auto_class}.from_pretrained("{base_model}"), name).eval()',
     ),
 }
@@ -67,6 +67,24 @@ print(tokenizer.decode(model(**inputs).logits[0, masked].argmax(-1)))""",
         "AutoModelForSequenceClassification",
         """logits = model(**tokenizer("Some text.", return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])""",
+    ),
+    "token-classification": (
+        "AutoModelForTokenClassification",
+        """logits = model(**tokenizer("Some text.", return_tensors="pt")).logits
+print([model.config.id2label[number] for number in logits[0].argmax(-1).tolist()])""",
+    ),
+    "question-answering": (
+        "AutoModelForQuestionAnswering",
+        """inputs = tokenizer("Who came?", "Some say that nobody came.", return_tensors="pt")
+outputs = model(**inputs)
+first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()
+print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))""",
+    ),
+    "automatic-speech-recognition": (
+        "AutoModelForSpeechSeq2Seq",
+        """features = AutoFeatureExtractor.from_pretrained(name)
+second = features([0.0] * features.sampling_rate, sampling_rate=features.sampling_rate, return_tensors="pt")
+print(tokenizer.decode(model.generate(second["input_features"])[0]))""",
     ),
 }
 _OTHER_USE = 'print(f"{type(model).__name__}, {model.num_parameters():,} parameters")'
@@ -207,6 +225,7 @@ def _snippet(facts: CardFacts, kind: _Kind) -> str:
     values = {
         "auto_class": facts.auto_class or auto_class,
         "tokenizer_class": ", AutoTokenizer" if has_text else "",
+        "feature_class": "AutoFeatureExtractor, " if "AutoFeatureExtractor" in use else "",
         "base_model": facts.base_model,
         "what": "the adapter with PEFT" if facts.kind == "adapter" else "the classes",
     }

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from safetensors import SafetensorError
 
+from .batches import FIRST_PASS, Pass
 from .best import Best
 from .errors import FocusError, FocusOutputError, FocusResumeError, bad_value
 
@@ -25,9 +26,14 @@ DIGEST_ROWS = 256
 
 @dataclass
 class Progress:
-    """How far training is: optimizer steps made, which say what of the data was read, and the best evaluation."""
+    """How far training is.
+
+    step: optimizer steps made, which say how many rows were read. last_pass: the pass over the data in which the main
+    process is. best: the best evaluation.
+    """
 
     step: int = 0
+    last_pass: Pass = FIRST_PASS
     best: Best = field(default_factory=Best)
 
 
@@ -86,7 +92,7 @@ def read_progress(checkpoint: Path, resume: str, run: dict[str, Any]) -> Progres
     try:
         saved = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
         theirs, progress = saved["run"], saved["progress"]
-        progress = Progress(progress["step"], Best(**progress["best"]))
+        progress = Progress(progress["step"], Pass(*progress["last_pass"]), Best(**progress["best"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FocusResumeError(bad_value("resume", resume, f"a checkpoint with a readable {RUN_FILE}")) from error
     ours = json.loads(json.dumps(run))

@@ -282,7 +282,8 @@ def inspect(argv: Sequence[str]) -> None:
 def _tokenizer(args: argparse.Namespace, data: Any, model: Any) -> tuple[Any, int]:
     """The model's tokenizer, None if it has none, and how many tokens a text may have."""
     from .arguments import ModelArguments
-    from .preparation import Source, find_block_size, find_source
+    from .preparation import find_block_size, find_source
+    from .task_types import Source
 
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     try:

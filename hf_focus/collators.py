@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -31,6 +30,38 @@ class CausalCollator:
         return dict(batch)
 
 
+@dataclass
+class SeparateCollator:
+    """Rows that hold several documents: positions begin anew in each, which transformers reads as their borders.
+
+    There is no attention mask, and no cache is made: with either, transformers does not look for borders. What is
+    padded on the right counts as one more document.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, examples: list[Batch]) -> Batch:
+        size = max(len(example["input_ids"]) for example in examples)
+        ids = torch.full((len(examples), size), self.tokenizer.pad_token_id)
+        labels = torch.full_like(ids, IGNORED)
+        positions = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            tokens = torch.tensor(example["input_ids"])
+            ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
+            lengths = [*example["lengths"], size - len(tokens)]
+            positions[row] = torch.cat([torch.arange(length) for length in lengths])
+        # The model shifts: the first token of a document would be predicted from the document before
+        labels[positions == 0] = IGNORED
+        num_bytes = torch.tensor([example["num_bytes"] for example in examples])
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "num_bytes": num_bytes,
+            "use_cache": False,
+        }
+
+
 class MaskedCollator(DataCollatorForLanguageModeling):
     """transformers' masking (80% mask, 10% random, 10% kept), with at least one token to predict in an example."""
 
@@ -50,16 +81,6 @@ class MaskedCollator(DataCollatorForLanguageModeling):
 
 
 @dataclass
-class ClassificationCollator:
-    """Pads texts that were tokenized with their labels."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, examples: list[Batch]) -> Batch:
-        return dict(self.tokenizer.pad(examples, return_tensors="pt"))
-
-
-@dataclass
 class ReproducibleCollator:
     """What a task's collator makes, plus `num_targets`, an int: what the loss of the batch is the mean of.
 
@@ -68,13 +89,13 @@ class ReproducibleCollator:
 
     Args:
         inner: the task's collator.
-        count: `num_targets` from the labels.
+        count: `num_targets` from the batch.
         seed: of the run.
         epoch: set it before an epoch begins.
     """
 
     inner: Callable[[list[Batch]], Batch]
-    count: Callable[[Tensor], int]
+    count: Callable[[Batch], int]
     seed: int = 0
     epoch: int = 0
 
@@ -84,4 +105,4 @@ class ReproducibleCollator:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.seed, self.epoch, *numbers))
             batch = self.inner(examples)
-        return {**batch, "num_targets": self.count(batch["labels"])}
+        return {**batch, "num_targets": self.count(batch)}

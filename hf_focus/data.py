@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Value
 
 from .arguments import DataArguments
 from .errors import FocusDataError, bad_value
-from .json_lines import find_bad_line, load_good_lines
+from .json_lines import GOOD_LINES, find_bad_line, load_good_lines, stream_lines
 
 # Extension -> builder of `datasets`
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -28,6 +28,7 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
 
     Returns:
         train and eval rows, with the columns of the source; eval is None with `eval_share=0` and nothing else given.
+        With `args.streaming`, train, and eval of a named data set, are an `IterableDataset`.
 
     Raises:
         FocusDataError: a file or data set is missing, empty, not readable, or neither or both were given.
@@ -38,7 +39,9 @@ def load_documents(args: DataArguments, seed: int = 0, by_character: bool = True
     if args.dataset:
         train, evaluation = _load_named(args)
     else:
-        train = load_files(args.train_files, "train_files", args.sample_by, args.cache_dir, args.bad_lines)
+        train = load_files(
+            args.train_files, "train_files", args.sample_by, args.cache_dir, args.bad_lines, args.streaming
+        )
         evaluation = None
     if args.eval_files:
         evaluation = load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir, args.bad_lines)
@@ -55,7 +58,8 @@ def load_files(
     sample_by: str = "document",
     cache_dir: str | None = None,
     bad_lines: str = "error",
-) -> Dataset:
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """Rows of local files of one format.
 
     Args:
@@ -64,6 +68,7 @@ def load_files(
         sample_by: what one row of a .txt file is: `"document"` (the file), `"paragraph"` or `"line"`.
         cache_dir: where `datasets` keeps what it read; None: its default.
         bad_lines: what to do with a line of a .jsonl file that is no JSON object: `"error"` or `"skip"`.
+        streaming: read them when the rows are asked for; a bad line is met then.
 
     Raises:
         FocusDataError: a file is missing, empty, of another format, or not readable as its extension says.
@@ -80,27 +85,40 @@ def load_files(
     if len(builders) != 1:
         raise FocusDataError(bad_value(argument, [str(path) for path in paths], "one or more files of one format"))
     builder = builders.pop()
+    if streaming and all(path.suffix.lower() == ".jsonl" for path in paths):
+        # `datasets` would say neither file nor line of a bad one, in the middle of the training
+        return _not_empty(stream_lines(paths, argument, bad_lines), argument, [str(path) for path in paths])
     options = {"sample_by": sample_by} if builder == "text" else {}
     try:
         rows = load_dataset(
-            builder, data_files=[str(path) for path in paths], split="train", cache_dir=cache_dir, **options
+            builder,
+            data_files=[str(path) for path in paths],
+            split="train",
+            cache_dir=cache_dir,
+            streaming=streaming,
+            **options,
         )
+        has_rows = _has_rows(rows)
     except Exception as error:
         # `datasets` wraps whatever the parser raised: the type says nothing
         bad = find_bad_line([path for path in paths if path.suffix.lower() == ".jsonl"])
         if bad and bad_lines == "skip":
             return _not_empty(load_good_lines(paths, cache_dir), argument, [str(path) for path in paths])
         if bad:
-            raise FocusDataError(bad_value(argument, bad, "lines of JSON objects, or bad_lines 'skip'")) from error
+            raise FocusDataError(bad_value(argument, bad, GOOD_LINES)) from error
         accepted = f"well-formed {builder} files with at least one row ({_first_line(error)})"
         raise FocusDataError(bad_value(argument, [str(path) for path in paths], accepted)) from error
-    return _not_empty(rows, argument, [str(path) for path in paths])
+    if not has_rows:
+        raise FocusDataError(bad_value(argument, [str(path) for path in paths], "data with at least one row"))
+    return rows
 
 
-def _load_named(args: DataArguments) -> tuple[Dataset, Dataset | None]:
+def _load_named(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     def load(split: str | None) -> Any:
         try:
-            return load_dataset(args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir)
+            return load_dataset(
+                args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir, streaming=args.streaming
+            )
         except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
             accepted = f"a data set of the Hub, reachable from here, or a folder of data files ({_first_line(error)})"
             raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
@@ -113,7 +131,7 @@ def _load_named(args: DataArguments) -> tuple[Dataset, Dataset | None]:
         return _not_empty(train, "train_split", args.train_split), _not_empty(
             load(args.eval_split), "eval_split", args.eval_split
         )
-    splits: DatasetDict = load(None)
+    splits: DatasetDict | IterableDatasetDict = load(None)
     found = next((name for name in EVAL_SPLITS if name in splits), None)
     return _not_empty(train, "dataset", args.dataset), splits[found] if found else None
 
@@ -125,8 +143,13 @@ def hold_out(
     the end of every document.
 
     Raises:
-        FocusDataError: too few rows, and they may not be cut.
+        FocusDataError: too few rows, and they may not be cut; or a stream.
     """
+    if isinstance(rows, IterableDataset):
+        accepted = (
+            "0 with a stream, of which nothing is held out, or evaluation data of its own (eval_files, eval_split)"
+        )
+        raise FocusDataError(bad_value("eval_share", share, accepted))
     count = int(len(rows) * share)
     if count:
         parts = rows.train_test_split(test_size=count, seed=seed)
@@ -141,13 +164,18 @@ def hold_out(
     return Dataset.from_dict({column: head}), Dataset.from_dict({column: tail})
 
 
-def find_text_column(rows: Dataset, asked: str | None = None, argument: str = "text_column") -> str:
+def _features(rows: Dataset | IterableDataset) -> Features:
+    """The types of the columns; a stream may not know them before its first row."""
+    return rows.features or Dataset.from_list([next(iter(rows))]).features
+
+
+def find_text_column(rows: Dataset | IterableDataset, asked: str | None = None, argument: str = "text_column") -> str:
     """The column of the text: the one asked for, `text`, or the only column of strings.
 
     Raises:
         FocusDataError: there is none, several, or it holds no strings.
     """
-    strings = [name for name, kind in rows.features.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    strings = [name for name, kind in _features(rows).items() if isinstance(kind, Value) and "string" in kind.dtype]
     if asked is None and "text" in strings:
         return "text"
     if asked is None and len(strings) == 1:
@@ -157,8 +185,12 @@ def find_text_column(rows: Dataset, asked: str | None = None, argument: str = "t
     return asked
 
 
-def _not_empty(rows: Dataset, argument: str, value: Any) -> Dataset:
-    if len(rows) == 0:
+def _has_rows(rows: Dataset | IterableDataset) -> bool:
+    return next(iter(rows), None) is not None if isinstance(rows, IterableDataset) else len(rows) > 0
+
+
+def _not_empty(rows: Dataset | IterableDataset, argument: str, value: Any) -> Dataset | IterableDataset:
+    if not _has_rows(rows):
         raise FocusDataError(bad_value(argument, value, "data with at least one row"))
     return rows
 

@@ -1,5 +1,7 @@
 """Evaluation of a model on a data set: the metrics of its task, exact over batches and processes."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -9,10 +11,10 @@ from tqdm.auto import tqdm
 from .collators import IGNORED, Batch
 from .focus_statistics import mean_records, record_if_patched
 from .metrics import load_metric
-from .tasks import Task
+from .task_types import Source, Task
 
-# In a batch for the scores and the loss, not for the model
-NOT_INPUTS = ("num_bytes", "num_targets")
+# In a batch for the scores, the loss and the progress, not for the model
+NOT_INPUTS = ("num_bytes", "num_targets", "last_pass", "question", "passage", "answers", "starts", "ends")
 
 
 def model_inputs(batch: Batch) -> Batch:
@@ -20,15 +22,31 @@ def model_inputs(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
 
 
+def score_inputs(batch: Batch, task: Task) -> Batch:
+    """What of a batch the model's forward takes where the task scores its outputs."""
+    return {name: value for name, value in model_inputs(batch).items() if name not in task.targets}
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that a model reads of a batch; of speech, those that it writes."""
+    return batch["input_ids" if "input_ids" in batch else "labels"].numel()
+
+
 @torch.no_grad()
 def evaluate_model(
-    accelerator: Accelerator, model: nn.Module, loader: DataLoader, task: Task, show_progress: bool = False
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: DataLoader,
+    task: Task,
+    source: Source,
+    show_progress: bool = False,
 ) -> dict[str, float]:
     """Metrics of `model` over all of `loader`, on every process alike. Its training mode is restored.
 
     Args:
         model, loader: prepared by `accelerator`.
         task: says how to score a batch and which metrics to report.
+        source: tokenizer and config, for scores that are texts or names.
         show_progress: a progress bar on the main process.
 
     Returns:
@@ -41,21 +59,30 @@ def evaluate_model(
     statistics: dict[str, float] = {}
     show = show_progress and accelerator.is_main_process
     for number, batch in enumerate(tqdm(loader, desc="Evaluating", leave=False, disable=not show)):
-        inputs = {name: value for name, value in model_inputs(batch).items() if name != "labels"}
         with record_if_patched(accelerator.unwrap_model(model), number == 0) as records:
-            logits = model(**inputs).logits
+            outputs = model(**score_inputs(batch, task))
         if number == 0:
             statistics = mean_records(accelerator, records)
-        scores = task.score(logits, batch)
-        padded = {n: accelerator.pad_across_processes(s, dim=1, pad_index=IGNORED) for n, s in scores.items()}
-        scores = {name: score.cpu() for name, score in accelerator.gather_for_metrics(padded).items()}
+        scores = task.score(outputs, batch, source)
+        if task.generate is not None:
+            scores |= task.generate(accelerator.unwrap_model(model), batch, source)
+        scores = {name: _gather(accelerator, score) for name, score in scores.items()}
         for name, inputs_of in task.metrics.items():
             columns = {argument: scores[score] for argument, score in inputs_of.items()}
             # Scores of single tokens hold places that are not predicted
-            counted = columns["references"] != IGNORED if "references" in columns else slice(None)
+            references = columns.get("references")
+            counted = references != IGNORED if isinstance(references, torch.Tensor) else slice(None)
             metrics[name].add_batch(**{argument: column[counted] for argument, column in columns.items()})
     model.train(was_training)
     results: dict[str, float] = {}
     for metric in metrics.values():
         results.update(metric.compute())
     return {name: float(results[name]) for name in task.reported if name in results} | statistics
+
+
+def _gather(accelerator: Accelerator, score: torch.Tensor | list[Any]) -> torch.Tensor | list[Any]:
+    """The scores of all processes, on the CPU, without the examples that fill the last batch."""
+    if isinstance(score, list):
+        return accelerator.gather_for_metrics(score, use_gather_object=True)
+    padded = accelerator.pad_across_processes(score, dim=1, pad_index=IGNORED)
+    return accelerator.gather_for_metrics(padded).cpu()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -13,6 +14,7 @@ from .discovery import eager_attention, interface_of
 from .errors import FocusConfigError, bad_value
 from .global_branch import Call, attend_globally, check_keys
 from .masks import find_query_offset
+from .matching import is_matching, note_distance
 from .model_masks import with_band_mask
 
 PREFIX = "focus|"
@@ -67,6 +69,11 @@ def _attend(
     check_call(module, branch, query, key, value, is_causal)
     offset = attention_mask.query_offset if lazy else find_query_offset(attention_mask, length, num_keys, is_causal)
 
+    original = None
+    if is_matching():
+        mask = attention_mask.dense().expand(attention_mask.shape) if lazy else attention_mask
+        with torch.no_grad():
+            original, _ = attention(module, query, key, value, mask, **kwargs)
     if branch.config.max_dist is None:
         output, weights = attention(module, query, key, value, attention_mask, **kwargs)
     else:
@@ -87,6 +94,9 @@ def _attend(
         query_offset=offset,
         **{name: kwargs.get(name) for name in ("scaling", "softcap", "position_bias", "sliding_window")},
     )
+    if original is not None:
+        note_distance(output, original)
+        return original, None
     return output, weights
 
 

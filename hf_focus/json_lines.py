@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from .errors import FocusDataError, bad_value
+
 logger = logging.get_logger(__name__)
+GOOD_LINES = "lines of JSON objects, or bad_lines 'skip'"
 
 
 def load_good_lines(paths: Sequence[Path], cache_dir: str | None = None) -> Dataset:
@@ -22,6 +25,18 @@ def load_good_lines(paths: Sequence[Path], cache_dir: str | None = None) -> Data
     )
 
 
+def stream_lines(paths: Sequence[Path], argument: str, bad_lines: str = "error") -> IterableDataset:
+    """The rows of JSON lines files, read when they are asked for.
+
+    Args:
+        argument: name of the argument the paths came from, for messages.
+        bad_lines: `"skip"` leaves out what `load_good_lines` does; with `"error"` the stream raises a `FocusDataError`
+            at such a line, which names it.
+    """
+    refused = argument if bad_lines == "error" else None
+    return IterableDataset.from_generator(_good_rows, gen_kwargs={"paths": list(map(str, paths)), "refused": refused})
+
+
 def find_bad_line(paths: Sequence[Path]) -> str | None:
     """`file:line (reason)` of the first line, counted from 1, that is no JSON object; None: all are."""
     for path in paths:
@@ -31,14 +46,18 @@ def find_bad_line(paths: Sequence[Path]) -> str | None:
     return None
 
 
-def _good_rows(paths: list[str]) -> Iterator[dict[str, Any]]:
+def _good_rows(paths: list[str], refused: str | None = None) -> Iterator[dict[str, Any]]:
+    """With `refused`, an argument's name, the first line that is not good is an error."""
     for path in paths:
         bad = 0
-        for row, reason in _lines(Path(path)):
+        for number, (row, reason) in enumerate(_lines(Path(path)), start=1):
             if row is not None:
                 yield row
+            if reason is not None and refused:
+                raise FocusDataError(bad_value(refused, f"{path}:{number} ({reason})", GOOD_LINES))
             bad += reason is not None
-        logger.warning(f"{path}: {bad} corrupt lines left out")
+        if bad:
+            logger.warning(f"{path}: {bad} corrupt lines left out")
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, str | None]]:

@@ -7,7 +7,7 @@ import evaluate
 
 from .errors import FocusConfigError, bad_value
 
-METRICS = ("perplexity", "accuracy")
+METRICS = ("perplexity", "accuracy", "entities", "answers", "wer")
 
 
 def load_metric(name: str) -> evaluate.EvaluationModule:

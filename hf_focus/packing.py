@@ -1,7 +1,8 @@
 """Documents to token blocks of one length, with the number of UTF-8 bytes that each block predicts."""
 
 import hashlib
-from collections.abc import Iterator
+from bisect import insort
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .errors import FocusConfigError, FocusDataError, bad_value
+
+# Blocks that documents are still put into, with `separate`
+OPEN_BLOCKS = 64
 
 
 def hash_code(file: str) -> str:
@@ -83,6 +87,7 @@ def pack(
     shape: BlockShape,
     argument: str = "train_files",
     cache_dir: str | None = None,
+    separate: bool = False,
 ) -> Dataset:
     """Documents joined and cut into blocks; blank documents are left out, the last block may be shorter.
 
@@ -91,9 +96,11 @@ def pack(
         column: of the text.
         argument: the argument the rows came from, for messages.
         cache_dir: where `datasets` keeps the blocks; None: its default.
+        separate: keep documents apart, see `separate_blocks`.
 
     Returns:
-        rows with `input_ids` (up to `shape.size`, int32) and `num_bytes`, UTF-8 bytes of the text in the block's body.
+        rows with `input_ids` (up to `shape.size`, int32) and `num_bytes`, UTF-8 bytes of the text in the block's body;
+        with `separate` also `lengths`, the tokens of each document in the block.
 
     Raises:
         FocusDataError: nothing but blank documents.
@@ -109,17 +116,29 @@ def pack(
     )
     if not any(len(ids) for batch in tokens.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]):
         raise FocusDataError(bad_value(argument, f"{len(rows)} documents without text", "documents that hold text"))
-    features = Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")})
+    features = {"input_ids": List(Value("int32")), "num_bytes": Value("int64")}
+    if separate:
+        features["lengths"] = List(Value("int32"))
     return Dataset.from_generator(
-        _blocks,
-        features=features,
+        separate_blocks if separate else joined_blocks,
+        features=Features(features),
         gen_kwargs={"tokens": tokens, "shape": shape, "code": hash_code(__file__)},
         cache_dir=cache_dir,
     )
 
 
+def tokenized(
+    batches: Iterable[dict[str, list[Any]]], tokenizer: PreTrainedTokenizerBase, column: str
+) -> Iterator[dict[str, list[int]]]:
+    """Documents of a stream as `joined_blocks` and `separate_blocks` take them."""
+    for batch in batches:
+        tokens = _tokenize(batch, tokenizer, column)
+        for ids, sizes in zip(tokens["input_ids"], tokens["token_bytes"], strict=True):
+            yield {"input_ids": ids, "token_bytes": sizes}
+
+
 def _tokenize(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, code: str
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, code: str = ""
 ) -> dict[str, list[Any]]:
     texts = [text for text in batch[column] if text and text.strip()]
     if not texts:
@@ -164,7 +183,10 @@ def count_bytes(text: str, num_tokens: int, offsets: list[tuple[int, int]] | Non
     return np.diff(ends, prepend=0).tolist()
 
 
-def _blocks(tokens: Dataset, shape: BlockShape, code: str) -> Iterator[dict[str, Any]]:
+def joined_blocks(
+    tokens: Iterable[dict[str, list[int]]], shape: BlockShape, code: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Documents one after the other, cut into blocks: a token may attend to the document before its own."""
     before = shape.boundary
     body: list[int] = []
     sizes: list[int] = []
@@ -187,3 +209,27 @@ def _blocks(tokens: Dataset, shape: BlockShape, code: str) -> Iterator[dict[str,
         body, sizes = body[start:], sizes[start:]
     if body:
         yield block(0)
+
+
+def separate_blocks(
+    tokens: Iterable[dict[str, list[int]]], shape: BlockShape, code: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Whole documents, several in a block, as many as fit; longer ones are cut as `joined_blocks` cuts them.
+
+    A document goes to the fullest of `OPEN_BLOCKS` begun blocks that has room for it.
+    """
+    # Fullest first
+    begun: list[dict[str, Any]] = []
+    for row in tokens:
+        for piece in joined_blocks([row], shape):
+            length = len(piece["input_ids"])
+            room = shape.size - length
+            place = next((i for i, block in enumerate(begun) if len(block["input_ids"]) <= room), None)
+            block = {"input_ids": [], "num_bytes": 0, "lengths": []} if place is None else begun.pop(place)
+            block["input_ids"] += piece["input_ids"]
+            block["num_bytes"] += piece["num_bytes"]
+            block["lengths"].append(length)
+            insort(begun, block, key=lambda block: -len(block["input_ids"]))
+            if len(begun[0]["input_ids"]) == shape.size or len(begun) > OPEN_BLOCKS:
+                yield begun.pop(0)
+    yield from begun

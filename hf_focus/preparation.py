@@ -1,39 +1,32 @@
 """The model to train: loaded, patched with FocusA, frozen, given LoRA, and its parameters sorted into groups."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from .arguments import ModelArguments, TrainArguments
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
 from .modeling import FocusMixin
 from .patching import apply_focus
-from .tasks import Task
+from .task_types import Source, Task
 
 DEFAULT_BLOCK_SIZE = 512
 FOCUS_PARAMETER = re.compile(r"(^|\.)focus\.")
-# Scales and offsets: pulling them to zero is no regularisation
-NO_DECAY = re.compile(r"bias|norm|gain", re.IGNORECASE)
-
-
-@dataclass
-class Source:
-    """A model as it was given or loaded.
-
-    config: its config, known before its weights are. model: None until `load_model`. new_parameters: names that the
-    checkpoint did not hold, for example of a new head.
-    """
-
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel | None = None
-    new_parameters: list[str] = field(default_factory=list)
+# Scales, offsets, and FocusA's gates and predictor: pulling them to zero is no regularisation
+NO_DECAY = re.compile(r"bias|norm|gain|\.focus\.(predictor|span|readout|mix)", re.IGNORECASE)
 
 
 def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -> None:
@@ -54,10 +47,38 @@ def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -
         raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0, or peft installed (pip install peft)"))
 
 
+def check_objective(objective: str, args: ModelArguments, focus: FocusConfig, source: Source) -> None:
+    """Refuse to match where there is nothing to match, or what is matched would move.
+
+    Raises:
+        FocusConfigError: see above.
+    """
+    if objective != "match":
+        return
+    carried = getattr(source.config, "focus_config", None)
+    settings = focus.to_dict() if carried is None else carried
+    if not args.freeze_base:
+        accepted = "True with the objective match: the base is what is matched"
+        raise FocusConfigError(bad_value("freeze_base", False, accepted))
+    if settings["max_dist"] is None:
+        accepted = "a number with the objective match: without a limit there is nothing to match"
+        raise FocusConfigError(bad_value("max_dist", None, accepted))
+    if settings["span_penalty"]:
+        # It is added to the task's loss, which is not computed
+        raise FocusConfigError(bad_value("span_penalty", settings["span_penalty"], "0 with the objective match"))
+    if args.gradient_checkpointing:
+        raise FocusConfigError(bad_value("gradient_checkpointing", True, "False with the objective match"))
+
+
 def find_source(
-    args: ModelArguments, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    args: ModelArguments,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    needs_features: bool = False,
 ) -> Source:
-    """Config and tokenizer of the model that `args` names, or of the objects given.
+    """Config, tokenizer and, if needed, feature extractor of the model that `args` names, or of the objects given.
+
+    A processor given as the tokenizer is both.
 
     Raises:
         FocusConfigError: they are not found, or a model was given without a tokenizer.
@@ -70,6 +91,13 @@ def find_source(
         if model is not None
         else _load(AutoConfig, "model_name_or_path", args.model_name_or_path, options)
     )
+    features = getattr(tokenizer, "feature_extractor", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if needs_features and features is None:
+        if model is not None:
+            accepted = "a processor, which has a feature extractor too, where a model object that hears is given"
+            raise FocusConfigError(bad_value("tokenizer", type(tokenizer).__name__, accepted))
+        features = _load(AutoFeatureExtractor, "model_name_or_path", args.model_name_or_path, options)
     if tokenizer is None and args.tokenizer:
         tokenizer = _load(AutoTokenizer, "tokenizer", args.tokenizer, {"trust_remote_code": args.trust_remote_code})
     elif tokenizer is None:
@@ -86,7 +114,7 @@ def find_source(
                 "tokenizer", f"{len(tokenizer)} tokens", f"at most the {vocabulary} tokens that the model embeds"
             )
         )
-    return Source(config, tokenizer, model)
+    return Source(config, tokenizer, model, features=features if needs_features else None)
 
 
 def find_block_size(asked: int | None, source: Source) -> int:
@@ -97,6 +125,7 @@ def find_block_size(asked: int | None, source: Source) -> int:
     """
     limits = (
         getattr(source.config.get_text_config(), "max_position_embeddings", None),
+        getattr(source.config, "max_target_positions", None),
         source.tokenizer.model_max_length,
     )
     limit = min((value for value in limits if isinstance(value, int) and value > 0), default=DEFAULT_BLOCK_SIZE)
@@ -166,6 +195,37 @@ def load_model(source: Source, task: Task, args: ModelArguments, config: dict[st
     return source.model
 
 
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Whether the model keeps documents apart that lie in one row, told by positions that begin anew.
+
+    Raises:
+        FocusConfigError: it does not.
+    """
+    size = 4
+    first, other, last = torch.arange(3 * size, device=model.device).view(3, 1, size) % model.config.vocab_size
+    positions = torch.arange(size, device=model.device)[None]
+    was_training = model.training
+    model.eval()
+
+    def logits_of_last(*parts: Tensor) -> Tensor:
+        places = positions.repeat(1, len(parts))
+        return model(torch.cat(parts, dim=1), position_ids=places, use_cache=False).logits[:, -size:].float()
+
+    try:
+        alone, after_one, after_other = (logits_of_last(*p) for p in ((last,), (first, last), (other, last)))
+        # Whatever the precision, what was in front may not be seen
+        kept_apart = torch.equal(after_one, after_other) and torch.allclose(alone, after_one, 0.05, 0.05)
+    except TypeError:
+        # It takes no positions
+        kept_apart = False
+    finally:
+        model.train(was_training)
+    if not kept_apart:
+        accepted = f"'joined': {type(model).__name__} does not keep documents in one row apart"
+        raise FocusConfigError(bad_value("packing", "separate", accepted))
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether the model carries FocusA."""
     return isinstance(model, FocusMixin)
@@ -233,7 +293,8 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
 def parameter_groups(model: nn.Module, args: TrainArguments) -> list[dict[str, Any]]:
     """Trained parameters for AdamW: base or FocusA, each with and without weight decay.
 
-    Vectors, biases, norms and gains get no decay. FocusA's get `args.focus_learning_rate`, where it is set.
+    Vectors, biases, norms, gains, FocusA's predictor and its gates get no decay. FocusA's parameters get
+    `args.focus_learning_rate`, where it is set.
     """
     rates = {False: args.learning_rate, True: args.focus_learning_rate or args.learning_rate}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .card_checks import is_hub_id
 from .cards import CARD_FILE, PICTURE_FILE, CardFacts, model_card
-from .evaluation import model_inputs
+from .evaluation import score_inputs
 from .plots import mean_spans, plot_run
 from .preparation import is_patched
 from .recording import record_focus
@@ -77,6 +78,7 @@ def write_run_card(
             },
             spans={layer: heads.tolist() for layer, heads in spans.items()},
             picture=picture,
+            auto_class=run.task.auto_class.__name__,
             has_code=bool(getattr(model.config, "auto_map", None)),
             training=_training_table(run, model, model_args, args, trained_parameters, seconds),
         )
@@ -95,7 +97,7 @@ def _measure_spans(run: Run, model: PreTrainedModel) -> dict[str, Tensor]:
         return {}
     rows, size = run.eval_loader.dataset, run.args.eval_batch_size or run.args.batch_size
     batch = run.eval_loader.collate_fn([rows[i] for i in range(min(size, len(rows)))])
-    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items() if name != "labels"}
+    inputs = send_to_device(score_inputs(batch, run.task), model.device)
     with record_focus(model) as records:
         model(**inputs)
     return {layer: spans.cpu() for layer, spans in mean_spans(records).items()}
@@ -114,6 +116,7 @@ def _training_table(
     last = next((line for line in reversed(run.log.lines) if "loss" in line), {})
     table = {
         "task": args.task,
+        "objective": "to match the model's own attention" if args.objective == "match" else None,
         "parameters": f"{model.num_parameters():,}, of which {trained_parameters:,} were trained",
         "steps": run.progress.step,
         "examples a step": f"{effective} ({args.batch_size} x {args.gradient_accumulation_steps} x {processes})",

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
@@ -16,7 +16,7 @@ from .configuration import FocusConfig
 from .data import load_documents, load_files
 from .errors import FocusConfigError, FocusDataError, bad_value
 from .evaluation import evaluate_model
-from .preparation import choose_trained, find_block_size, find_source, load_model
+from .preparation import check_packing, choose_trained, find_block_size, find_source, load_model
 from .tasks import find_task
 
 
@@ -27,7 +27,7 @@ def evaluation_rows(args: DataArguments, seed: int = 0, by_character: bool = Tru
         FocusDataError: nothing to evaluate on is named, or it is not found.
     """
     if args.eval_files:
-        return load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir)
+        return load_files(args.eval_files, "eval_files", args.sample_by, args.cache_dir, args.bad_lines)
     if not args.dataset and not args.train_files:
         accepted = "--eval-files, --dataset, or --train-files of which --eval-share is held out"
         raise FocusDataError(bad_value("eval_files", None, accepted))
@@ -72,17 +72,20 @@ def evaluate_saved(
         FocusConfigError, FocusDataError: the model, its head for the task, or the data is missing.
     """
     task = find_task(task_name)
-    model_args = replace(model_args, focus=False)
+    model_args, data_args = replace(model_args, focus=False), replace(data_args, streaming=False)
     rows = evaluation_rows(data_args, seed, task.by_character)
-    source = find_source(model_args)
+    source = find_source(model_args, needs_features=task.needs_features)
     data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
-    collator = ReproducibleCollator(task.collator(source.tokenizer, data_args), task.count_targets, seed)
-    if data_args.label_column in rows.column_names and not task.by_character:
-        rows = _numbered_labels(rows, data_args.label_column, source.config)
-    examples = task.encode(rows, None, source.tokenizer, data_args, data_args.block_size).train
+    collator = ReproducibleCollator(task.collator(source, data_args), task.count_targets, seed)
+    labels = getattr(data_args, task.labels) if task.labels else None
+    if labels in rows.column_names:
+        rows = _numbered_labels(rows, labels, task.labels, source.config)
+    examples = task.encode(rows, None, source, data_args, data_args.block_size).train
     if data_args.max_eval_examples is not None:
         examples = examples.select(range(min(data_args.max_eval_examples, len(examples))))
     load_model(source, task, model_args, {})
+    if data_args.packing == "separate":
+        check_packing(source.model)
     if source.new_parameters:
         accepted = f"a model with a trained head for {task.name}; {', '.join(source.new_parameters)} would be random"
         raise FocusConfigError(bad_value("model", model_args.model_name_or_path, accepted))
@@ -91,28 +94,37 @@ def evaluate_saved(
     try:
         accelerator = Accelerator(cpu=cpu)
         model, loader = accelerator.prepare(model, DataLoader(examples, batch_size, collate_fn=collator))
-        return evaluate_model(accelerator, model, loader, task, show_progress)
+        return evaluate_model(accelerator, model, loader, task, source, show_progress)
     finally:
         if own_state:
             # A later call in this process may ask for another device
             AcceleratorState._reset_state()
 
 
-def _numbered_labels(rows: Dataset, column: str, config: PreTrainedConfig) -> Dataset:
+def _numbered_labels(rows: Dataset, column: str, argument: str, config: PreTrainedConfig) -> Dataset:
     """The labels as the model numbers them, which need not be how this data alone would."""
-    values = rows[column]
-    numbers = label_numbers(set(values), getattr(rows.features[column], "names", None), config)
+    values, kind = rows[column], rows.features[column]
     feature = ClassLabel(names=[str(config.id2label[number]) for number in sorted(config.id2label)])
-    return rows.remove_columns(column).add_column(column, [numbers[value] for value in values], feature=feature)
+    if isinstance(kind, List):
+        different = {label for row in values for label in row}
+        numbers = label_numbers(different, getattr(kind.feature, "names", None), config, argument)
+        values, feature = [[numbers[label] for label in row] for row in values], List(feature)
+    else:
+        numbers = label_numbers(values, getattr(kind, "names", None), config, argument)
+        values = [numbers[label] for label in values]
+    return rows.remove_columns(column).add_column(column, values, feature=feature)
 
 
-def label_numbers(values: Iterable[Any], names: Sequence[str] | None, config: PreTrainedConfig) -> dict[Any, int]:
+def label_numbers(
+    values: Iterable[Any], names: Sequence[str] | None, config: PreTrainedConfig, argument: str = "label_column"
+) -> dict[Any, int]:
     """The model's number of each label: by its name where the model knows all of them, else labels are numbers.
 
     Args:
         values: the different labels of the data.
         names: names of labels that are numbers; None: they have none.
         config: of the model; `label2id` is read.
+        argument: which named their column, for messages.
 
     Raises:
         FocusDataError: the model does not know the labels.
@@ -127,4 +139,4 @@ def label_numbers(values: Iterable[Any], names: Sequence[str] | None, config: Pr
     if are_numbers and max(values) < len(known):
         return {value: value for value in values}
     accepted = f"the labels of the model, {', '.join(known)}"
-    raise FocusDataError(bad_value("label_column", sorted(map(str, shown.values())), accepted))
+    raise FocusDataError(bad_value(argument, sorted(map(str, shown.values())), accepted))

@@ -6,7 +6,8 @@ from .arguments import DataArguments, ModelArguments
 from .claims import measure_claims
 from .folders import load_model
 from .inspection_data import choose_texts
-from .preparation import Source, find_block_size, find_source
+from .preparation import find_block_size, find_source
+from .task_types import Source
 
 
 def evaluate_claims(

@@ -21,37 +21,50 @@ from .best import find_metric, is_greater_better
 from .checkpoints import Progress, checkpoint_of, find_last, save_checkpoint
 from .collators import Batch, stable_seed
 from .errors import FocusError, FocusInterruptedError
-from .evaluation import evaluate_model, model_inputs
+from .evaluation import count_tokens, evaluate_model, model_inputs, score_inputs
 from .focus_statistics import TableDrift, mean_records, record_if_patched
 from .interrupts import watch_sigterm
+from .matching import match_loss
 from .nonfinite import find_nonfinite
 from .run_log import RunLog, peak_memory
-from .tasks import Task
+from .task_types import Source, Task
 
 
 @dataclass
 class Run:
     """Everything the loop works with; model, optimizer, scheduler and eval_loader are prepared by `accelerator`.
 
-    train_loader: this process's batches from `progress` on, without end. steps_in_pass: optimizer steps in one pass
-    over the data, a fraction. description: what identifies the run, see `checkpoints.read_progress`. max_steps:
-    optimizer steps in all. progress: where to begin; moves along.
+    train_loader: this process's batches from `progress` on, without end. rows_in_pass: rows in one pass over the
+    data; infinite for a stream, whose end is not known. description: what identifies the run, see
+    `checkpoints.read_progress`. max_steps: optimizer steps in all. progress: where to begin; moves along.
     """
 
     accelerator: Accelerator
     args: TrainArguments
     task: Task
+    source: Source
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
     train_loader: DataLoader
-    steps_in_pass: float
+    rows_in_pass: float
     eval_loader: DataLoader | None
     log: RunLog
     output_dir: Path
     description: dict[str, Any]
     max_steps: int
     progress: Progress
+
+    def count_passes(self) -> float:
+        """Passes made over the data, a fraction; of a stream, whole ones."""
+        current = self.progress.last_pass
+        rows = self.progress.step * rows_in_step(self.accelerator, self.args)
+        return current.number + (rows - current.before) / self.rows_in_pass
+
+
+def rows_in_step(accelerator: Accelerator, args: TrainArguments) -> int:
+    """Rows that all processes together read in one optimizer step."""
+    return args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 class _Meter:
@@ -83,7 +96,7 @@ class _Meter:
             "loss": self.loss / self.steps,
             "grad_norm": float(self.norm) / self.steps,
             "learning_rate": run.scheduler.get_last_lr()[0],
-            "epoch": run.progress.step / run.steps_in_pass,
+            "epoch": run.count_passes(),
             "tokens_per_second": float(run.accelerator.reduce(tokens, "sum")) / self.seconds,
             "seconds": time.perf_counter() - self.begun,
             "peak_memory_bytes": peak_memory(run.accelerator.device),
@@ -118,10 +131,11 @@ def train(run: Run) -> tuple[float, dict[str, float]]:
             step_begun = time.perf_counter()
             # Evaluation and saving do not count towards the speed; reading the batches does
             group = list(islice(batches, args.gradient_accumulation_steps))
-            is_logged = progress.step + 1 in (run.max_steps, *_multiples(args.logging_steps, progress.step + 1))
+            is_logged = progress.step + 1 == run.max_steps or (progress.step + 1) % args.logging_steps == 0
             with record_if_patched(run.accelerator.unwrap_model(run.model), is_logged) as records:
                 loss, grad_norm, tokens, stop = _step(run, group, is_asked_to_stop)
             progress.step += 1
+            progress.last_pass = group[-1]["last_pass"]
             meter.add(loss, grad_norm, tokens, time.perf_counter() - step_begun)
             bar.update()
             if is_logged:
@@ -142,12 +156,8 @@ def train(run: Run) -> tuple[float, dict[str, float]]:
         metrics = _evaluate(run)
     if args.load_best_model_at_end and progress.best.step != progress.step:
         run.accelerator.load_state(str(checkpoint_of(run.output_dir, progress.best.step)))
-        metrics = evaluate_model(run.accelerator, run.model, run.eval_loader, run.task, args.progress_bar)
+        metrics = _score(run)
     return seconds, metrics
-
-
-def _multiples(of: int, number: int) -> tuple[int, ...]:
-    return (number,) if number % of == 0 else ()
 
 
 def _progress_bar(run: Run) -> tqdm:
@@ -170,11 +180,16 @@ def _losses(run: Run, group: list[Batch], total: int, model: nn.Module) -> Itera
         place = number * processes + accelerator.process_index
         torch.manual_seed(stable_seed(run.args.seed, run.progress.step, place))
         batch = send_to_device(batch, accelerator.device)
-        outputs = model(**model_inputs(batch))
-        # The loss is the mean over this batch's targets; every target of the step weighs the same. Without targets
-        # it is NaN, and the backward pass has to be made all the same, since other processes wait for it
-        mean = outputs.loss if batch["num_targets"] else outputs.logits.sum() * 0
-        yield mean * (batch["num_targets"] / max(total, 1))
+        # The loss is the mean over this batch's targets; every target of the step weighs the same
+        yield _mean_loss(run, batch, model) * (batch["num_targets"] / max(total, 1))
+
+
+def _mean_loss(run: Run, batch: Batch, model: nn.Module) -> Tensor:
+    if run.args.objective == "match":
+        return match_loss(model, score_inputs(batch, run.task))
+    outputs = model(**model_inputs(batch))
+    # Without targets it is NaN, and the backward pass has to be made all the same, since other processes wait for it
+    return outputs.loss if batch["num_targets"] else outputs.logits.sum() * 0
 
 
 def _step(run: Run, group: list[Batch], is_asked_to_stop: Callable[[], bool]) -> tuple[float, Tensor, int, bool]:
@@ -201,7 +216,7 @@ def _step(run: Run, group: list[Batch], is_asked_to_stop: Callable[[], bool]) ->
     if not accelerator.optimizer_step_was_skipped:
         run.scheduler.step()
     run.optimizer.zero_grad()
-    return mean_loss, norm.detach(), sum(batch["input_ids"].numel() for batch in group), stops > 0
+    return mean_loss, norm.detach(), sum(map(count_tokens, group)), stops > 0
 
 
 def _what_diverged(run: Run, group: list[Batch], total: int, loss: float) -> str:
@@ -229,10 +244,14 @@ def _evaluate(run: Run) -> dict[str, float]:
     if run.eval_loader is None:
         return {}
     args, progress = run.args, run.progress
-    metrics = evaluate_model(run.accelerator, run.model, run.eval_loader, run.task, args.progress_bar)
+    metrics = _score(run)
     run.log.add(progress.step, {f"eval_{name}": value for name, value in metrics.items()})
     if progress.step:
         value = metrics[find_metric(args.metric_for_best_model, run.task.reported)]
         greater = is_greater_better(args.metric_for_best_model, args.greater_is_better)
         progress.best.judge(progress.step, value, greater, args.early_stopping_threshold)
     return metrics
+
+
+def _score(run: Run) -> dict[str, float]:
+    return evaluate_model(run.accelerator, run.model, run.eval_loader, run.task, run.source, run.args.progress_bar)

@@ -14,11 +14,13 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from hf_focus import FocusConfig
 from hf_focus.arguments import DataArguments, ModelArguments, TrainArguments
+from hf_focus.task_types import Source
 from hf_focus.training import FinetuneResult, finetune
 
 SPECIAL = {
@@ -62,6 +64,21 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 6)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", **SPECIAL)
+
+
+def task_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, between CLS and SEP tokens as BERT-like tokenizers put them."""
+    tokenizer = byte_tokenizer()
+    names = {name: VOCABULARY.index(name) for name in ("<cls>", "<sep>")}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=list(names.items())
+    )
+    return tokenizer
+
+
+def source(tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any) -> Source:
+    """What a task encodes for, with the config of a tiny BERT."""
+    return Source(BertConfig(**SIZES, **settings), tokenizer or byte_tokenizer())
 
 
 def tiny_llama(**changes: Any) -> PreTrainedModel:

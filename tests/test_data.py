@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_runs import WORDS, byte_tokenizer, texts, word_tokenizer
+from small_runs import WORDS, byte_tokenizer, source, texts, word_tokenizer
 
 from hf_focus.arguments import DataArguments
 from hf_focus.collators import ReproducibleCollator
@@ -90,11 +90,11 @@ def test_bad_evaluation_files_and_sources_are_refused(tmp_path: Path) -> None:
 
 def test_columns_are_found_or_refused(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"a": ["x y"], "b": ["z"]})
-    tokenizer, encode = byte_tokenizer(), find_task("causal-lm").encode
-    assert len(encode(rows, None, tokenizer, DataArguments(text_column="b"), 8).train) == 1
+    encode = find_task("causal-lm").encode
+    assert len(encode(rows, None, source(), DataArguments(text_column="b"), 8).train) == 1
     for args in (DataArguments(), DataArguments(text_column="c")):
         with pytest.raises(FocusDataError, match="text_column"):
-            encode(rows, None, tokenizer, args, 8)
+            encode(rows, None, source(), args, 8)
 
 
 def test_blank_documents_alone_are_refused() -> None:
@@ -180,7 +180,7 @@ def test_masks_depend_on_the_examples_alone(numbers: list[int], history: int) ->
 
     def collator() -> ReproducibleCollator:
         args = DataArguments(mlm_probability=0.05)
-        return ReproducibleCollator(task.collator(tokenizer, args), task.count_targets, seed=1)
+        return ReproducibleCollator(task.collator(source(tokenizer), args), task.count_targets, seed=1)
 
     # 3: CLS, 4: SEP
     examples = [{"input_ids": [3, *range(10, 14 + n), 4], "num_bytes": 4, "example": n} for n in numbers]
@@ -202,7 +202,7 @@ def test_masks_depend_on_the_examples_alone(numbers: list[int], history: int) ->
 
 def test_masks_change_with_the_epoch() -> None:
     task = find_task("masked-lm")
-    collator = ReproducibleCollator(task.collator(byte_tokenizer(), DataArguments()), task.count_targets)
+    collator = ReproducibleCollator(task.collator(source(), DataArguments()), task.count_targets)
     example = [{"input_ids": list(range(10, 60)), "num_bytes": 50, "example": 0}]
     first = collator(example)["labels"]
     collator.epoch = 1
@@ -212,7 +212,7 @@ def test_masks_change_with_the_epoch() -> None:
 def test_padding_is_on_the_right_and_never_a_label() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.padding_side = "left"
-    batch = find_task("causal-lm").collator(tokenizer, DataArguments())(
+    batch = find_task("causal-lm").collator(source(tokenizer), DataArguments())(
         [{"input_ids": [7, 8, 9], "num_bytes": 2}, {"input_ids": [7], "num_bytes": 0}]
     )
     assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 0, 0]]
@@ -220,9 +220,9 @@ def test_padding_is_on_the_right_and_never_a_label() -> None:
 
 
 def test_labels_are_numbered_and_unknown_ones_refused() -> None:
-    encode, tokenizer = find_task("sequence-classification").encode, byte_tokenizer()
+    encode = find_task("sequence-classification").encode
     train = Dataset.from_dict({"text": WORDS[:4], "label": ["no", "yes", "no", "maybe"]})
-    encoded = encode(train, train, tokenizer, DataArguments(), 16)
+    encoded = encode(train, train, source(), DataArguments(), 16)
     assert encoded.config["id2label"] == {0: "maybe", 1: "no", 2: "yes"}
     assert encoded.train["labels"] == [1, 2, 1, 0]
     other = Dataset.from_dict({"text": ["a"], "label": ["never seen"]})
@@ -232,13 +232,13 @@ def test_labels_are_numbered_and_unknown_ones_refused() -> None:
         (train.select([0, 2]), None, DataArguments(), "two labels"),
     ]:
         with pytest.raises(FocusDataError, match=word):
-            encode(rows, evaluation, tokenizer, args, 16)
+            encode(rows, evaluation, source(), args, 16)
 
 
 def test_pairs_of_texts_are_joined_and_cut() -> None:
     rows = Dataset.from_dict({"one": ["abc", "d"], "two": ["efg", "h"], "label": [0, 1]})
     args = DataArguments(text_column="one", text_pair_column="two")
-    encoded = find_task("sequence-classification").encode(rows, None, byte_tokenizer(), args, 5)
+    encoded = find_task("sequence-classification").encode(rows, None, source(), args, 5)
     assert [len(ids) for ids in encoded.train["input_ids"]] == [5, 2]
 
 

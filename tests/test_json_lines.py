@@ -29,6 +29,19 @@ def test_a_corrupt_line_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
     assert load_documents(args)[0]["text"][:] == ["one", "two", "three"]
 
 
+@pytest.mark.parametrize("kind", BAD)
+def test_a_corrupt_line_of_a_stream_is_named_or_skipped(tmp_path: Path, kind: str) -> None:
+    args = write(tmp_path / "data.jsonl", BAD[kind])
+    args.streaming = True
+    rows = iter(load_documents(args)[0])
+    assert [next(rows)["text"] for _ in range(2)] == ["one", "two"]
+    with pytest.raises(FocusDataError, match=r"train_files.*data\.jsonl:4 .*bad_lines"):
+        next(rows)
+    args.bad_lines = "skip"
+    for _ in range(2):
+        assert [row["text"] for row in load_documents(args)[0]] == ["one", "two", "three"]
+
+
 def test_what_was_skipped_is_read_again_when_the_file_changes(tmp_path: Path) -> None:
     args = write(tmp_path / "data.jsonl", BAD["cut off"])
     args.bad_lines = "skip"

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import FOCUS, byte_tokenizer, texts, tiny_bert_classifier, tiny_llama
+from small_runs import FOCUS, byte_tokenizer, source, texts, tiny_bert_classifier, tiny_llama
 from torch.utils.data import DataLoader
 
 from hf_focus import apply_focus
@@ -26,12 +26,12 @@ QUICK = settings(max_examples=10, deadline=None)
 def evaluate(
     model: torch.nn.Module, task: str, rows: Dataset, batch_size: int = 3, size: int = 12
 ) -> dict[str, float]:
-    task, tokenizer, args = find_task(task), byte_tokenizer(), DataArguments()
-    encoded = task.encode(rows, None, tokenizer, args, size).train
+    task, of, args = find_task(task), source(), DataArguments()
+    encoded = task.encode(rows, None, of, args, size).train
     accelerator = Accelerator(cpu=True)
-    collator = ReproducibleCollator(task.collator(tokenizer, args), task.count_targets)
+    collator = ReproducibleCollator(task.collator(of, args), task.count_targets)
     model, loader = accelerator.prepare(model, DataLoader(encoded, batch_size, collate_fn=collator))
-    return evaluate_model(accelerator, model, loader, task)
+    return evaluate_model(accelerator, model, loader, task, of)
 
 
 @QUICK

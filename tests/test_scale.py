@@ -13,13 +13,15 @@ STEPS = 20
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def test_two_processes_equal_one_that_accumulates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True], ids=["a data set", "a stream"])
+def test_two_processes_equal_one_that_accumulates(tmp_path: Path, streaming: bool) -> None:
     """Dropout, the refiner's exploration, and passes that end in the middle of a step included."""
     weights, losses = [], []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        prepare(folder, max_steps=STEPS, save_steps=None, epsilon=0.3, gradient_accumulation_steps=2 // ranks)
+        settings = {"streaming": streaming, "shuffle_buffer": 4, "gradient_accumulation_steps": 2 // ranks}
+        prepare(folder, max_steps=STEPS, save_steps=None, epsilon=0.3, **settings)
         complete(folder, "--num-processes", str(ranks), ranks=ranks)
         weights.append(load_file(folder / "out" / "model.safetensors"))
         losses.append(logged(folder))

@@ -18,6 +18,7 @@ from small_runs import (
     folder,
     losses,
     run,
+    source,
     texts,
     tiny_bert,
     tiny_bert_classifier,
@@ -165,8 +166,7 @@ def test_the_model_sees_uneven_batches_as_the_test_above_wants(data: dict[str, A
 
     rows = load_documents(DataArguments(**data))[0]
     lengths = [
-        len(ids)
-        for ids in find_task("causal-lm").encode(rows, None, byte_tokenizer(), DataArguments(), 37).train["input_ids"]
+        len(ids) for ids in find_task("causal-lm").encode(rows, None, source(), DataArguments(), 37).train["input_ids"]
     ]
     assert lengths[-1] < lengths[0] == 37
 

@@ -116,6 +116,6 @@ def test_groups_of_parameters() -> None:
         for parameter in group["params"]:
             name = names[id(parameter)]
             assert group["lr"] == (1e-2 if ".focus." in name else 1e-3)
-            plain = parameter.ndim < 2 or re.search("norm|bias|gain", name)
+            plain = parameter.ndim < 2 or re.search(r"norm|bias|gain|predictor|readout|focus\.span", name)
             assert group["weight_decay"] == (0.0 if plain else 0.01)
     assert len(groups) == 4
