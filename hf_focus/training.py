@@ -1,8 +1,6 @@
 """`finetune`: trains a model, with FocusA or without, on accelerate."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,7 +34,7 @@ from .configuration import FocusConfig
 from .data import hold_out, load_documents
 from .errors import FocusConfigError, FocusError, FocusHubError, FocusResumeError, bad_value
 from .hub import prepare_repo
-from .interrupts import name_lost_process
+from .machine import is_sharded, open_accelerator
 from .preparation import (
     Source,
     check_focus_settings,
@@ -50,7 +47,7 @@ from .preparation import (
     parameter_groups,
 )
 from .run_card import write_run_card
-from .run_log import LOG_FILE, TRACKER_FOLDER, RunLog, check_trackers
+from .run_log import LOG_FILE, RunLog, check_trackers
 from .sharing import push_folder, replace_model
 from .tasks import Encoded, Task, find_task
 from .training_loop import Run, train
@@ -160,7 +157,7 @@ def finetune(
     checkpoint = _check_output_dir(train_args, output_dir)
     if train_args.push_to_hub and not model_args.focus:
         raise FocusConfigError(bad_value("push_to_hub", True, "False with --no-focus: what is pushed carries FocusA"))
-    with _accelerator(train_args, trackers, output_dir) as accelerator:
+    with open_accelerator(train_args, trackers, output_dir) as accelerator:
         repo_id = _prepare_push(accelerator, train_args)
         source = find_source(model_args, model, tokenizer)
         check_focus_settings(model_args, focus, source)
@@ -237,53 +234,6 @@ def _check_best(args: TrainArguments, task: Task) -> None:
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(args, name) and not args.eval_steps:
             raise FocusConfigError(bad_value(name, getattr(args, name), "False or None without --eval-steps"))
-
-
-@contextmanager
-def _accelerator(args: TrainArguments, trackers: list[str], output_dir: Path) -> Iterator[Accelerator]:
-    own_state = not is_initialized()
-    try:
-        try:
-            accelerator = Accelerator(
-                cpu=args.cpu,
-                mixed_precision=args.mixed_precision,
-                log_with=trackers or None,
-                project_config=ProjectConfiguration(str(output_dir), str(output_dir / TRACKER_FOLDER)),
-                # Steps are counted here, and so is accumulation: accelerate would take the mean of means
-                step_scheduler_with_optimizer=False,
-            )
-        except ValueError as error:
-            # For a precision that the device lacks, or another one than this process already runs with
-            accepted = f"another precision ({error})"
-            raise FocusConfigError(bad_value("mixed_precision", args.mixed_precision, accepted)) from error
-        _check_machine(args, accelerator)
-        with name_lost_process():
-            yield accelerator
-        accelerator.end_training()
-    finally:
-        if own_state:
-            # A later call in this process may ask for another precision
-            AcceleratorState._reset_state()
-
-
-def _check_machine(args: TrainArguments, accelerator: Accelerator) -> None:
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate would compute in float32, silently
-        raise FocusConfigError(bad_value("mixed_precision", "fp16", "'no' or 'bf16' on a CPU"))
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.gradient_accumulation_steps > 1:
-        # DeepSpeed counts micro-batches itself, and takes the mean of means
-        raise FocusConfigError(
-            bad_value("gradient_accumulation_steps", args.gradient_accumulation_steps, "1 with DeepSpeed")
-        )
-    if args.num_processes not in (None, accelerator.num_processes):
-        # accelerate falls back to one process, silently, where it cannot start several
-        accepted = f"{accelerator.num_processes}, the processes that run; torchrun --nproc_per_node starts several"
-        raise FocusConfigError(bad_value("num_processes", args.num_processes, accepted))
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the weights alone."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _encode(
