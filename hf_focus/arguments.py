@@ -180,7 +180,7 @@ class TrainArguments(Checked):
         eval_steps: steps between evaluations. Default: only at the end.
         eval_at_start: evaluate before the first step too.
         save_steps: steps between checkpoints. Default: none.
-        save_limit: checkpoints to keep; the oldest go first, the best excepted.
+        save_limit: checkpoints to keep; the oldest go first, with load_best_model_at_end never the best.
         load_best_model_at_end: save a checkpoint at every evaluation that is the best so far, and end with the best.
         metric_for_best_model: result of the evaluation that says which is best.
         greater_is_better: whether it is better when greater. Default: by the metric.

@@ -111,9 +111,15 @@ def _short(value: Any) -> str:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, progress: Progress, run: dict[str, Any], limit: int | None
+    accelerator: Accelerator,
+    output_dir: Path,
+    progress: Progress,
+    run: dict[str, Any],
+    limit: int | None,
+    keep_best: bool = False,
 ) -> Path:
-    """Write `checkpoint-<step>` and remove the oldest beyond `limit`, the best one excepted. Every process calls it.
+    """Write `checkpoint-<step>` and remove the oldest beyond `limit`, with `keep_best` never the best one. Every
+    process calls it.
 
     It is written beside under another name and then renamed, so that a checkpoint of that name is always whole.
 
@@ -139,11 +145,13 @@ def save_checkpoint(
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
             # After going back to an earlier step, later ones may lie beside: the one just written stays in any case
-            kept = (target, checkpoint_of(output_dir, progress.best.step))
-            others = [path for path in list_checkpoints(output_dir) if path != target]
-            for old in others[: max(0, len(others) + 1 - limit) if limit else 0]:
-                if old not in kept:
-                    shutil.rmtree(old)
+            kept = {
+                target,
+                *([checkpoint_of(output_dir, progress.best.step)] if keep_best and progress.best.step else []),
+            }
+            others = [path for path in list_checkpoints(output_dir) if path not in kept]
+            for old in others[: max(0, len(others) + len(kept) - limit) if limit else 0]:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
 

@@ -21,6 +21,7 @@ from .checkpoints import Progress, checkpoint_of, name_failed_write, read_progre
 from .collators import ReproducibleCollator
 from .configuration import FocusConfig
 from .errors import FocusConfigError, FocusResumeError, bad_value
+from .machine import is_sharded, open_accelerator
 from .preparation import (
     check_focus_settings,
     check_model_arguments,
@@ -36,7 +37,7 @@ from .preparation import (
 from .run_card import write_run_card
 from .run_data import describe_run, encode_data
 from .run_log import RunLog, check_trackers
-from .run_setup import check_best, check_output_dir, is_sharded, open_accelerator, prepare_push, push_run
+from .run_setup import check_best, check_output_dir, prepare_push, push_run
 from .sharing import replace_model
 from .streaming import check_stream
 from .task_types import Encoded, Source, Task

@@ -145,7 +145,8 @@ def train(run: Run) -> tuple[float, dict[str, float]]:
                 metrics, evaluated_at = _evaluate(run), progress.step
             is_best = args.load_best_model_at_end and progress.best.step == progress.step == evaluated_at
             if stop or is_best or (args.save_steps and progress.step % args.save_steps == 0):
-                save_checkpoint(run.accelerator, run.output_dir, progress, run.description, args.save_limit)
+                keep_best = args.load_best_model_at_end
+                save_checkpoint(run.accelerator, run.output_dir, progress, run.description, args.save_limit, keep_best)
             if stop:
                 raise FocusInterruptedError(
                     f"stopped by SIGTERM after step {progress.step} of {run.max_steps}; go on from"
