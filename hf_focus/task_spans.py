@@ -155,7 +155,11 @@ class _WindowCollator:
 
 
 def _score(outputs: Any, batch: Batch, source: Source) -> Scores:
-    start, end = outputs.start_logits.float(), outputs.end_logits.float()
+    # No answer begins in padding: what is scored must not depend on the rest of the batch
+    padding = batch["attention_mask"] == 0
+    start, end = (
+        logits.float().masked_fill(padding, -torch.inf) for logits in (outputs.start_logits, outputs.end_logits)
+    )
     losses = [
         cross_entropy(logits, batch[name], reduction="none")
         for logits, name in zip((start, end), _TARGETS, strict=True)
