@@ -45,7 +45,8 @@ class ExampleStream(IterableDataset):
         self.argument = argument
 
     def in_order(self, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """The examples of one pass, in an order that depends on the seed and the pass alone.
+        """The examples of one pass, in an order that depends on the seed and the pass alone; without a buffer, in that
+        of the source.
 
         Raises:
             FocusDataError: there are none.
@@ -53,7 +54,7 @@ class ExampleStream(IterableDataset):
         documents = self.documents
         if self.shuffle_buffer:
             documents = documents.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-        documents.set_epoch(epoch)
+            documents.set_epoch(epoch)
         yield from self._numbered(documents)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

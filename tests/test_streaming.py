@@ -162,10 +162,13 @@ def test_a_stream_holds_what_the_files_hold(tmp_path: Path, ending: str) -> None
     encode = find_task("causal-lm").encode
     found = []
     for streaming in (False, True):
-        args = DataArguments(streaming=streaming, max_train_examples=None, **options)
-        rows = load_documents(args)[0]
-        found.append([example["input_ids"] for example in encode(rows, None, source(), args, 10).train])
+        args = DataArguments(streaming=streaming, shuffle_buffer=0, **options)
+        rows = encode(load_documents(args)[0], None, source(), args, 10).train
+        found.append([example["input_ids"] for example in rows])
     assert found[0] == found[1]
+    # Pass after pass
+    for number in range(6):
+        assert [example["input_ids"] for example in rows.in_order(0, number)] == found[0]
 
 
 def test_a_data_set_by_name_is_streamed_with_its_splits(tmp_path: Path) -> None:
