@@ -158,8 +158,8 @@ class FocusConfig:
     temp_scale: float = 0.01
     feedback: str = "normalized"
     anchored: bool = False
-    mix_start: float = 0.9
-    gain_start: float = 0.3
+    mix_start: float = 0.5
+    gain_start: float = 1.0
     readout: str = "mixture"
     readout_bias: float = 0.0
     readout_from: str = "query"

@@ -91,8 +91,11 @@ VARIANTS: dict[str, Variant] = {
     "focus rate 3": Variant("learning rate of FocusA × 3", {}, focus_rate=3.0),
     "read-out from both": Variant("read-out from query and global output", {"readout_from": "both"}),
     "local start 1": Variant("local output at full weight from the start", {"local_start": 1.0}),
-    "hard start": Variant("next queries start at the size of the first", {"gain_start": 1.0}),
-    "even start": Variant("next queries start as half of what is fed back", {"mix_start": 0.5}),
+    "soft start": Variant("next queries start at 0.3 of the size", {"gain_start": 0.3}),
+    "eager start": Variant("next queries start as 0.9 of what is fed back", {"mix_start": 0.9}),
+    "soft, eager start": Variant(
+        "next queries start at 0.3 of the size, as 0.9 of what is fed back", {"gain_start": 0.3, "mix_start": 0.9}
+    ),
     "long span": Variant("spans start at the longest", {"initial_span": 0.99}),
 }
 
