@@ -19,6 +19,7 @@ from .evidence_run import read_rows, run_rows
 REPORT = "REPORT.md"
 # Of what is not committed
 OUTPUTS = Path("outputs")
+QUICK_NOTE = "**Short versions** (`--quick`), of one or two seeds: they show that everything runs, and decide nothing."
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = None, folder: Path | None = None) -> int:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = None, fold
     if not args.report:
         for group in find_groups(args.groups, groups):
             left += run_group(group, output, device, args.variants, args.seeds, args.minutes)
-    write_report(output, groups)
+    write_report(output, groups, QUICK_NOTE if args.quick else "")
     print(output / REPORT)
     return left
 
@@ -102,8 +103,8 @@ def run_group(
     return run_rows([row for row in rows if row.variant in wanted["variant"]], path, device, _say, limit)
 
 
-def write_report(output: Path, groups: Mapping[str, Group] = GROUPS) -> None:
-    """The page and its pictures, from the files of results."""
+def write_report(output: Path, groups: Mapping[str, Group] = GROUPS, note: str = "") -> None:
+    """The page and its pictures, from the files of results; `note` stands before all else on it."""
     output.mkdir(parents=True, exist_ok=True)
     if find_spec("matplotlib") is None:
         print("No pictures: they need matplotlib (pip install hf_focus[plots])", file=sys.stderr)
@@ -112,7 +113,7 @@ def write_report(output: Path, groups: Mapping[str, Group] = GROUPS) -> None:
             found = counted(group, read_rows(output / "results" / group.file))
             if sum(map(bool, found.values())) > 1:
                 plot_group(output / f"{group.name}.png", group, found)
-    (output / REPORT).write_text(report(output / "results", groups), encoding="utf-8")
+    (output / REPORT).write_text(report(output / "results", groups, note), encoding="utf-8")
 
 
 def _say(line: str) -> None:

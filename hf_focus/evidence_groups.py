@@ -121,7 +121,7 @@ GROUPS: dict[str, Group] = {
         _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
                (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), steps=4000),
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
-               variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=600, examples=32),
+               variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=400, examples=32),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=16, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",

@@ -163,4 +163,4 @@ def draw_map(model: PreTrainedModel, output: Path, row: Row) -> Path:
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=90)

@@ -64,10 +64,14 @@ def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Reco
     }
 
 
-def report(folder: Path, groups: Mapping[str, Group] = GROUPS) -> str:
-    """The whole page, in markdown, from the results of `groups` in `folder`, and the map beside it."""
+def report(folder: Path, groups: Mapping[str, Group] = GROUPS, note: str = "") -> str:
+    """The whole page, in markdown, from the results of `groups` in `folder`, and the map beside it.
+
+    Args:
+        note: what a reader must know before all else.
+    """
     found = {name: counted(group, read_rows(folder / group.file)) for name, group in groups.items()}
-    parts = [TITLE, "## At a glance", summary(found), METHOD]
+    parts = list(filter(None, [TITLE, note, "## At a glance", summary(found), METHOD]))
     for claim, title in CLAIMS.items():
         mine = [section(group, found[name]) for name, group in groups.items() if group.claim == claim]
         parts += [f"## {claim}. {title}", *(list(filter(None, mine)) or ["Not measured yet."])]
@@ -79,8 +83,8 @@ def report(folder: Path, groups: Mapping[str, Group] = GROUPS) -> str:
 
 
 def summary(found: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> str:
-    """What was aimed at and what became of it, a line a target, and how many were reached."""
-    judged = [(target, target.judge(found.get(target.group, {}))) for target in TARGETS]
+    """What was aimed at in the groups of `found` and what became of it, a line a target, and how many were reached."""
+    judged = [(target, target.judge(found[target.group])) for target in TARGETS if target.group in found]
     lines, last = [], None
     for target, verdict in judged:
         claim = "" if target.claim == last else f"**{target.claim}. {CLAIMS[target.claim]}**"

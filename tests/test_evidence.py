@@ -238,7 +238,8 @@ def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_page_begins_with_what_became_of_the_targets() -> None:
-    table = summary({})
+    table = summary({name: {} for name in GROUPS})
+    assert summary({"recall": {}}).startswith("2 targets: 2 not measured.")
     assert table.startswith(f"{len(TARGETS)} targets: {len(TARGETS)} not measured.")
     assert table.count("\n") == len(TARGETS) + 3
     assert "**4. Hierarchical reasoning**" in table
@@ -262,6 +263,7 @@ def test_quick_rows_and_those_of_other_text_have_a_folder_of_their_own(
     assert [path.name for path in (folder / "results").iterdir()] == ["text.jsonl"]
     page = (folder / "REPORT.md").read_text()
     assert "dataset a book.txt" in page
+    assert "decide nothing" in page
     assert str(tmp_path) not in page
     assert main(["--quick", "--dataset", str(book), "--report"], folder=committed) == 0
     assert (folder / "REPORT.md").read_text() == page

@@ -48,7 +48,7 @@ def test_targets_are_judged_by_the_rows() -> None:
     assert not keeps("focus", "plain", ACCURACY, ACCURACY, 1.01)(FOUND).reached
     # Nine rows in 10 steps and one in 100, against 100 each
     found = ratio_at_most("focus", "plain", STEPS, 0.5)(FOUND)
-    assert (found.measured, found.theirs, found.reached) == ("× 0.190", "100.0", True)
+    assert (found.measured, found.theirs, found.reached) == ("× 0.190", "100.0, 0 of 10 solved", True)
     assert not ratio_at_most("focus", "plain", STEPS, 0.18)(FOUND).reached
 
 
