@@ -96,7 +96,7 @@ GROUPS: dict[str, Group] = {
         _tuned("passkey", 1, "Passkey, trained at L = 128", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8)))),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
-               (ACCURACY, *(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), *(entropy_on(str(n))
+               (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n))
                for n in (16, 256, 4096))), sizes={}),
         *(
             _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
