@@ -49,8 +49,8 @@ def match_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def is_matching() -> bool:
-    """Whether distances are being collected."""
-    return _DISTANCES.get() is not None
+    """Whether distances are being collected; never in a compiled graph, which a list cannot be handed out of."""
+    return not torch.compiler.is_compiling() and _DISTANCES.get() is not None
 
 
 def note_distance(output: Tensor, original: Tensor) -> None:

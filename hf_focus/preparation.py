@@ -47,13 +47,13 @@ def check_model_arguments(args: ModelArguments, given: PreTrainedModel | None) -
         raise FocusConfigError(bad_value("lora_rank", args.lora_rank, "0, or peft installed (pip install peft)"))
 
 
-def check_objective(objective: str, args: ModelArguments, focus: FocusConfig, source: Source) -> None:
+def check_objective(train_args: TrainArguments, args: ModelArguments, focus: FocusConfig, source: Source) -> None:
     """Refuse to match where there is nothing to match, or what is matched would move.
 
     Raises:
         FocusConfigError: see above.
     """
-    if objective != "match":
+    if train_args.objective != "match":
         return
     carried = getattr(source.config, "focus_config", None)
     settings = focus.to_dict() if carried is None else carried
@@ -68,6 +68,8 @@ def check_objective(objective: str, args: ModelArguments, focus: FocusConfig, so
         raise FocusConfigError(bad_value("span_penalty", settings["span_penalty"], "0 with the objective match"))
     if args.gradient_checkpointing:
         raise FocusConfigError(bad_value("gradient_checkpointing", True, "False with the objective match"))
+    if train_args.torch_compile:
+        raise FocusConfigError(bad_value("torch_compile", True, "False with the objective match"))
 
 
 def find_source(

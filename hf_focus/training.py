@@ -119,7 +119,7 @@ def finetune(
         repo_id = prepare_push(accelerator, train_args)
         source = find_source(model_args, model, tokenizer, task.needs_features)
         check_focus_settings(model_args, focus, source)
-        check_objective(train_args.objective, model_args, focus, source)
+        check_objective(train_args, model_args, focus, source)
         data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
         encoded = encode_data(accelerator, task, source, data_args, train_args, train_dataset, eval_dataset)
         description = describe_run(model_args, data_args, train_args, focus, source, encoded, accelerator)

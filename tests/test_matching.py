@@ -84,6 +84,7 @@ BAD = {
     "a penalty": ({"focus": FocusConfig(max_dist=5, span_penalty=0.1)}, "span_penalty"),
     "base not frozen": ({"model_args": {}}, "freeze_base"),
     "checkpointing": ({"model_args": {"freeze_base": True, "gradient_checkpointing": True}}, "gradient_checkpointing"),
+    "compiled": ({"torch_compile": True}, "torch_compile"),
 }
 
 
