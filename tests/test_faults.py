@@ -42,7 +42,7 @@ def steps_of(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("sabotage", "code", "left"),
     [
-        ((kill_in_step, 6), -signal.SIGKILL, [2, 4]),
+        pytest.param((kill_in_step, 6), -signal.SIGKILL, [2, 4], marks=pytest.mark.slow),
         ((kill_in_checkpoint, 3), -signal.SIGKILL, [2, 4]),
         ((stop_in_step, 7), INTERRUPTED, [6, 7]),
     ],
@@ -94,6 +94,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", str(target)], capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, whole: Path, small_disk: Callable[[str], Path]) -> None:
     size = sum(file.stat().st_size for file in (whole / "out" / "checkpoint-12").rglob("*") if file.is_file())
     prepare(tmp_path)
@@ -116,7 +117,9 @@ def test_a_read_only_folder(tmp_path: Path, small_disk: Callable[[str], Path]) -
     assert "written" in message(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["output", "gradient", "weight"])
+@pytest.mark.parametrize(
+    "where", ["gradient", *(pytest.param(w, marks=pytest.mark.slow) for w in ("output", "weight"))]
+)
 def test_numbers_that_are_not_finite(tmp_path: Path, whole: Path, where: str) -> None:
     prepare(tmp_path)
     assert finish(start(tmp_path, sabotage=(spoil, where, 6))) == [2]

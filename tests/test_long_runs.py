@@ -99,6 +99,7 @@ def test_evaluation_and_checkpoints_change_nothing(tmp_path: Path, data: dict[st
     assert all(torch.equal(value, state[name]) for name, value in plain.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_compiled_steps(tmp_path: Path, data: dict[str, Any]) -> None:
     # A compiled graph draws other random actions
     focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, epsilon=0.0)

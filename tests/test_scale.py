@@ -13,7 +13,10 @@ STEPS = 20
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["a data set", "a stream"])
+@pytest.mark.parametrize(
+    "streaming",
+    [pytest.param(False, id="a data set"), pytest.param(True, id="a stream", marks=pytest.mark.slow)],
+)
 def test_two_processes_equal_one_that_accumulates(tmp_path: Path, streaming: bool) -> None:
     """Dropout, the refiner's exploration, and passes that end in the middle of a step included."""
     weights, losses = [], []
@@ -48,6 +51,7 @@ def test_another_number_of_processes_than_asked_for_is_an_error(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_starts_what_the_configuration_says(tmp_path: Path) -> None:
     prepare(tmp_path, max_steps=2, save_steps=None)
     launch = [

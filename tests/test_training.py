@@ -227,6 +227,7 @@ def test_data_sets_in_memory_equal_files(tmp_path: Path, data: dict[str, Any]) -
     assert in_memory.metrics == from_files.metrics
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, data: dict[str, Any]) -> None:
     tiny_llama().save_pretrained(tmp_path / "start")
     byte_tokenizer().save_pretrained(tmp_path / "start")
