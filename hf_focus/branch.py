@@ -156,8 +156,10 @@ class FocusBranch(nn.Module):
                 state, action = self.refiner(features, explore=learning)
                 factor = self.refiner.action_to_span_scale(action)
             scale = (predicted * factor).clamp(0, 1)
-        if learning and config.reward == "loss":
+        learns_from_attention = learning and config.reward == "seed"
+        if learning:
             learn_from = valid[:, None].expand(state.shape)
+        if learning and not learns_from_attention:
             scale = self.refiner.learn_from_loss(scale, predicted, state, action, features, learn_from)
 
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
@@ -186,18 +188,17 @@ class FocusBranch(nn.Module):
             base_threshold=config.base_threshold,
             threshold_scale=config.threshold_scale,
             coverage_threshold=config.coverage_threshold,
-            need_statistics=(learning and config.reward == "seed") or is_observed(),
+            need_statistics=learns_from_attention or is_observed(),
             backend=config.backend,
         )
         output = local.output
-        if learning and config.reward == "seed":
+        if learns_from_attention:
             with torch.no_grad():
                 reward = local.coverage - config.entropy_weight * local.entropy
                 if action.shape[1] == 1:
                     reward = reward.mean(dim=1, keepdim=True)
                 in_span = count_in_span(num_visible, span, is_causal)
                 next_state = self.refiner.discretize(self._features(scale, in_span, output, *own))
-                learn_from = valid[:, None].expand(state.shape)
             output = self.refiner.learn(
                 output,
                 state=state,
