@@ -14,7 +14,7 @@ from .layer import FocusA
 from .modeling import focus_model_class
 from .observers import FocusRecord
 from .patches import DECLARATIONS
-from .patching import apply_focus, remove_focus
+from .patching import apply_focus, fold_feedback, remove_focus
 from .problem import FocusOutput
 from .recording import record_focus
 from .refiner import Refiner
@@ -65,6 +65,7 @@ __all__ = [
     "focus_attention",
     "focus_config_class",
     "focus_model_class",
+    "fold_feedback",
     "record_focus",
     "register_architecture",
     "remove_focus",

@@ -23,8 +23,9 @@ class FocusBranch(nn.Module):
     """Predictor, refiner, span, iterated local attention, read-out and join of one attention layer.
 
     Every weight starts so that the output is the global branch's, exactly: the join is P = [0, I] + W with W = 0, and
-    F = I + `feedback_matrix` with zeros. Kept as differences, weight decay pulls towards the pretrained model.
-    (`local_start` other than 0 is for models without a pretrained one: W starts at [local_start · I, 0].)
+    F = I + `feedback_matrix` with zeros (with `feedback_through="layer"`, W_O·W_Q + `feedback_matrix`). Kept as
+    differences, weight decay pulls towards the pretrained model. (`local_start` other than 0 is for models without a
+    pretrained one: W starts at [local_start · I, 0].)
 
     Args:
         config: the settings.
@@ -115,6 +116,7 @@ class FocusBranch(nn.Module):
         position_bias: Tensor | None = None,
         sliding_window: int | None = None,
         query_offset: int | Tensor = 0,
+        layer_feedback: Tensor | None = None,
     ) -> Tensor:
         """The local branch: span from `global_output`, then iterated local attention.
 
@@ -126,6 +128,7 @@ class FocusBranch(nn.Module):
             query_offset: position among the keys of the first query, see `masks.find_query_offset`.
             is_causal, scaling, softcap, position_bias: as in `focus_attention`.
             sliding_window: the layer's own window, which the local branch respects too.
+            layer_feedback: with `feedback_through="layer"`: W_O·W_Q (H, Dv, D), see `layer_feedback`.
 
         Returns:
             (B, H, T, Dv).
@@ -170,7 +173,7 @@ class FocusBranch(nn.Module):
             span,
             temperature=temperature,
             readout_weights=self._readout_weights(query, global_output),
-            feedback_matrix=self._feedback_matrix(),
+            feedback_matrix=self._feedback_matrix(layer_feedback),
             mix=None if self.mix is None else _wide(self.mix).sigmoid(),
             gain=None if self.log_gain is None else _wide(self.log_gain).exp(),
             attention_mask=attention_mask,
@@ -237,11 +240,21 @@ class FocusBranch(nn.Module):
             logits = logits + _wide(torch.einsum("bthv,hvi->bhti", global_output, weight))
         return (logits + _wide(self.readout_bias)[:, None]).softmax(dim=-1)
 
-    def _feedback_matrix(self) -> Tensor | None:
+    def _feedback_matrix(self, of_layer: Tensor | None) -> Tensor | None:
         if self.feedback_matrix is None:
             return None
         matrix = _wide(self.feedback_matrix)
-        return matrix + torch.eye(self.value_head_dim, self.head_dim, dtype=matrix.dtype, device=matrix.device)
+        return matrix + (self._identity(matrix) if of_layer is None else of_layer)
+
+    def _identity(self, like: Tensor) -> Tensor:
+        return torch.eye(self.value_head_dim, self.head_dim, dtype=like.dtype, device=like.device)
+
+    @torch.no_grad()
+    def fold_feedback(self, of_layer: Tensor) -> None:
+        """Keep F = `of_layer` (H, Dv, D) + what was learned, as with `feedback_through="features"`; settings are not
+        changed."""
+        if self.feedback_matrix is not None:
+            self.feedback_matrix.copy_(_wide(self.feedback_matrix) + of_layer - self._identity(of_layer))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, value_head_dim={self.value_head_dim}"

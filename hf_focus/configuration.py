@@ -54,6 +54,7 @@ _RULES = {
     "sharpen": BOOL,
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
+    "feedback_through": choice("features", "layer"),
     "anchored": BOOL,
     "mix_start": BETWEEN_ZERO_AND_ONE,
     "gain_start": number("a number above 0", lambda value: value > 0),
@@ -108,6 +109,11 @@ class FocusConfig:
         temp_scale: c above.
         feedback: how the output enters the next query: `"normalized"` (mixed in, norm kept) or
             `"additive"` (the seed).
+        feedback_through: where F, which makes a query of an output, starts from: `"features"` (the identity: a head's
+            output is taken for a query) or `"layer"` (the layer's own output and query projections, W_O·W_Q of each
+            head: the query that the layer would make of this output). Either way a difference to it is learned; with
+            `"layer"` F moves with the projections, and `fold_feedback(model)` makes it a fixed matrix, which saves
+            its computation in every call. Needs separate projections on the attention module.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
@@ -157,6 +163,7 @@ class FocusConfig:
     sharpen: bool = True
     temp_scale: float = 0.01
     feedback: str = "normalized"
+    feedback_through: str = "features"
     anchored: bool = False
     mix_start: float = 0.5
     gain_start: float = 1.0

@@ -86,7 +86,7 @@ def count_flops(model: nn.Module, **inputs: Any) -> float:
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends), FlopCounterMode(display=False, custom_mapping=fused) as counter:
         model(**inputs)
-    return counter.get_total_flops() / inputs["input_ids"].numel()
+    return counter.get_total_flops() / inputs["input_ids"].shape[:2].numel()
 
 
 @torch.no_grad()

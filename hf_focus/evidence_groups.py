@@ -16,8 +16,8 @@ BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 PARTS = ("focus", "plain", "hybrid", "log-n", "no refiner", "static span")
 SCREENED = (
     "focus", "no refiner", "refiner of the seed", "refiner of the loss", "fixed span", "static span", "long span",
-    "1 iteration", "2 iterations", "10 iterations", "last", "additive", "additive, last", "anchored", "soft start",
-    "eager start", "soft, eager start", "read-out from both", "local start 1", "bias 2", "no stop", "relative stop",
+    "1 iteration", "2 iterations", "10 iterations", "last", "through features", "additive", "of the seed", "anchored",
+    "soft start", "even start", "read-out from both", "local start 0", "bias 2", "no stop", "relative stop",
     "seed temperature", "fixed temperature", "focus rate 3", "hybrid",
 )  # fmt: skip
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
@@ -67,10 +67,10 @@ def _k_step(name: str, largest: int, variants: tuple[str, ...], title: str, **ch
         claim=4,
         title=title,
         task="k-step",
-        settings={"steps": largest, "queries": 8, "joint": True},
+        settings={"steps": largest},
         variants=variants,
         measures=(ACCURACY, STEPS, *by_k),
-        **{"sizes": {"width": 128, "heads": 4}, "rates": GRID, "steps": 3000, "until_solved": True, **changes},
+        **{"rates": GRID, "batch": 32, "steps": 4000, "until_solved": True, **changes},
     )
 
 
@@ -108,13 +108,12 @@ GROUPS: dict[str, Group] = {
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
                (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS, batch=16),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
-        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10, steps=8000),
-        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", steps=8000,
-                sizes={"width": 128, "heads": 4, "layers": 2}),
+        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
+        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
-                rates=(3e-3,)),
+                rates=(1e-3,)),
         _k_step("k-step-5-ablations", 5, SCREENED, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
-                rates=(3e-3,), steps=8000),
+                rates=(1e-3,)),
         _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),
         _tuned("dyck", 4, "Dyck-(4, 5)", "dyck",
                (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
@@ -129,7 +128,8 @@ GROUPS: dict[str, Group] = {
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, rates=(1e-3,),
-               variants=("focus", "plain", "hybrid", "no refiner"), pretrain=1000, steps=1000),
+               variants=("focus, patched", "plain", "hybrid, patched", "no refiner, patched",
+                         "focus through the layer, patched"), pretrain=1000, steps=1000),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}

@@ -15,9 +15,9 @@ IGNORED = -100
 class Batch:
     """Some examples of a task.
 
-    input_ids: (B, T) int64. labels: (B, T) int64, what is to be answered *at* each position, −100 where nothing is
-    asked (not shifted). groups: (B, T) int64, the number that accuracy is reported by (steps, distance, depth, …);
-    read only where something is asked.
+    input_ids: (B, T) int64, or (B, T, symbols), see `Task`. labels: (B, T) int64, what is to be answered *at* each
+    position, −100 where nothing is asked (not shifted). groups: (B, T) int64, the number that accuracy is reported by
+    (steps, distance, depth, …); read only where something is asked.
     """
 
     input_ids: Tensor
@@ -44,6 +44,7 @@ class Task:
         tests: name of a test set -> settings that differ there; `"train"`, fresh examples as in training, joins them.
         focus: (**settings) -> settings of FocusA that fit; a variant's own win.
         encoder: see both sides (a BERT that labels tokens) instead of a causal Llama.
+        symbols: that one position holds; its embedding is the sum of theirs.
         ordered: whether positions mean anything; if not, models are given none.
         spread: measure on every test set how attention is spread, see `claims.measure_attention`.
         measure: (predictions (B, T), batch) -> further counts by name; summed over batches.
@@ -63,6 +64,7 @@ class Task:
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     focus: Callable[..., Mapping[str, Any]] = dict
     encoder: bool = False
+    symbols: int = 1
     ordered: bool = True
     spread: bool = False
     measure: Callable[[Tensor, Batch], dict[str, float]] | None = None

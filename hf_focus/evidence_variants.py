@@ -48,56 +48,66 @@ class Variant:
 REFERENCE = "focus"
 _STATIC = ("focus.predictor.weight",)
 _FIXED = ("focus.predictor.weight", "focus.predictor.bias")
+# FocusA in a model that is trained from scratch, and has no function to keep
+FROM_SCRATCH = {"feedback_through": "layer", "mix_start": 0.9, "local_start": 1.0}
+_ONE_PASS = {"max_iterations": 1, "refiner": False}
+
+
+def _focus(
+    title: str, *, frozen: tuple[str, ...] = (), near: float | None = None, rate: float = 1.0, **settings: Any
+) -> Variant:
+    return Variant(title, {**FROM_SCRATCH, **settings}, frozen=frozen, near=near, focus_rate=rate)
+
 
 VARIANTS: dict[str, Variant] = {
-    "focus": Variant("FocusA, default settings", {}),
+    "focus": _focus("FocusA"),
     # Baselines
     "plain": Variant("full attention"),
     "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
     "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
-    "hybrid": Variant("sliding window + full, no iteration, no refiner", {"max_iterations": 1, "refiner": False}),
+    "hybrid": _focus("sliding window + full, no iteration, no refiner", **_ONE_PASS),
     "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
-    "focus, near": Variant("FocusA, global branch within an eighth", {"max_span": 32}, near=1 / 8),
-    "hybrid, near": Variant(
-        "sliding windows alone", {"max_span": 32, "max_iterations": 1, "refiner": False}, near=1 / 8
-    ),
+    "focus, near": _focus("FocusA, global branch within an eighth", near=1 / 8, max_span=32),
+    "hybrid, near": _focus("sliding windows alone", near=1 / 8, max_span=32, **_ONE_PASS),
+    # Of a pretrained model: FocusA starts silent
+    "focus, patched": Variant("FocusA, default settings", {}),
+    "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
+    "hybrid, patched": Variant("sliding window + full, no iteration, no refiner", _ONE_PASS),
+    "no refiner, patched": Variant("no refiner", {"refiner": False}),
     # Ablations
-    "1 iteration": Variant("1 iteration", {"max_iterations": 1}),
-    "2 iterations": Variant("2 iterations", {"max_iterations": 2}),
-    "4 iterations": Variant("4 iterations", {"max_iterations": 4}),
-    "10 iterations": Variant("10 iterations", {"max_iterations": 10}),
-    "additive": Variant("additive feedback", {"feedback": "additive"}),
-    "additive, last": Variant(
-        "additive feedback, read-out last (the seed)", {"feedback": "additive", "readout": "last"}
+    "1 iteration": _focus("1 iteration", max_iterations=1),
+    "2 iterations": _focus("2 iterations", max_iterations=2),
+    "4 iterations": _focus("4 iterations", max_iterations=4),
+    "10 iterations": _focus("10 iterations", max_iterations=10),
+    "through features": _focus("feedback through the features alone", feedback_through="features"),
+    "additive": _focus("additive feedback", feedback="additive"),
+    "of the seed": _focus(
+        "additive feedback through the features, read-out last (the seed)",
+        feedback="additive", feedback_through="features", readout="last",
     ),
-    "last": Variant("read-out last", {"readout": "last"}),
-    "no refiner": Variant("no refiner", {"refiner": False}),
-    "refiner of the seed": Variant(
-        "refiner with the seed's reward and exploration", {"refiner": True, "reward": "seed", "epsilon": 0.1}
+    "last": _focus("read-out last", readout="last"),
+    "no refiner": _focus("no refiner", refiner=False),
+    "refiner of the seed": _focus(
+        "refiner with the seed's reward and exploration", refiner=True, reward="seed", epsilon=0.1
     ),
-    "refiner of the loss": Variant(
-        "refiner that learns from the loss", {"refiner": True, "reward": "loss", "epsilon": 0.01}
-    ),
-    "static span": Variant("no predictor: static learned span a head", {"refiner": False}, frozen=_STATIC),
-    "fixed span": Variant("no predictor: fixed longest span", {"refiner": False, "initial_span": 0.99}, frozen=_FIXED),
-    "seed temperature": Variant("temperature of the seed", {"temperature": "seed"}),
-    "fixed temperature": Variant("temperature fixed at 1", {"temperature": "seed", "temp_scale": 0.0}),
+    "refiner of the loss": _focus("refiner that learns from the loss", refiner=True, reward="loss", epsilon=0.01),
+    "static span": _focus("no predictor: static learned span a head", refiner=False, frozen=_STATIC),
+    "fixed span": _focus("no predictor: fixed longest span", refiner=False, initial_span=0.99, frozen=_FIXED),
+    "seed temperature": _focus("temperature of the seed", temperature="seed"),
+    "fixed temperature": _focus("temperature fixed at 1", temperature="seed", temp_scale=0.0),
     # What may make it reliable
-    "anchored": Variant("anchored feedback", {"anchored": True}),
-    "bias 2": Variant("mixture starts on the first iterate", {"readout_bias": 2.0}),
-    "relative stop": Variant("relative stop rule", {"stop": "relative"}),
-    "no stop": Variant("never stops early", {"base_threshold": 0.0, "threshold_scale": 0.0}),
-    "focus rate 3": Variant("learning rate of FocusA × 3", {}, focus_rate=3.0),
-    "read-out from both": Variant("read-out from query and global output", {"readout_from": "both"}),
-    "local start 1": Variant("local output at full weight from the start", {"local_start": 1.0}),
-    "soft start": Variant("next queries start at 0.3 of the size", {"gain_start": 0.3}),
-    "eager start": Variant("next queries start as 0.9 of what is fed back", {"mix_start": 0.9}),
-    "soft, eager start": Variant(
-        "next queries start at 0.3 of the size, as 0.9 of what is fed back", {"gain_start": 0.3, "mix_start": 0.9}
-    ),
-    "long span": Variant("spans start at the longest", {"initial_span": 0.99}),
-}
+    "anchored": _focus("anchored feedback", anchored=True),
+    "bias 2": _focus("mixture starts on the first iterate", readout_bias=2.0),
+    "relative stop": _focus("relative stop rule", stop="relative"),
+    "no stop": _focus("never stops early", base_threshold=0.0, threshold_scale=0.0),
+    "focus rate 3": _focus("learning rate of FocusA × 3", rate=3.0),
+    "read-out from both": _focus("read-out from query and global output", readout_from="both"),
+    "local start 0": _focus("local output silent at the start", local_start=0.0),
+    "soft start": _focus("next queries start at 0.3 of the size", gain_start=0.3),
+    "even start": _focus("next queries start half as what is fed back, half as the query", mix_start=0.5),
+    "long span": _focus("spans start at the longest", initial_span=0.99),
+}  # fmt: skip
 
 
 def find_variant(name: str) -> Variant:
@@ -125,7 +135,9 @@ def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) ->
     if variant.focus is None:
         return None
     near = {} if variant.near is None else {"max_dist": max(1, round(variant.near * task.length(**settings)))}
-    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus}).to_dict()
+    # An encoder's output projection is in another module
+    through = {"feedback_through": "features"} if task.encoder else {}
+    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus, **through}).to_dict()
 
 
 def build(
@@ -204,7 +216,9 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
             BertConfig(**common, num_labels=task.settings["num_labels"], hidden_dropout_prob=0.0)
         )
     else:
-        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
+        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
+    if task.symbols > 1:
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.sum(dim=-2))
     focus = focus_settings(task, settings, variant)
     if focus is not None:
         apply_focus(model, focus)

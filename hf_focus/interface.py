@@ -16,6 +16,7 @@ from .global_branch import Call, attend_globally, check_keys
 from .masks import find_query_offset
 from .matching import is_matching, note_distance
 from .model_masks import with_band_mask
+from .projections import layer_feedback
 
 PREFIX = "focus|"
 # Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix
@@ -92,6 +93,7 @@ def _attend(
         attention_mask,
         is_causal=is_causal,
         query_offset=offset,
+        layer_feedback=layer_feedback(module, branch),
         **{name: kwargs.get(name) for name in ("scaling", "softcap", "position_bias", "sliding_window")},
     )
     if original is not None:

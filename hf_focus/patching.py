@@ -1,6 +1,7 @@
-"""`apply_focus` and `remove_focus`: FocusA into a live model and out of it again."""
+"""`apply_focus`, `remove_focus` and `fold_feedback`: FocusA into a live model, out of it again, and ready for use."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from .discovery import architecture_of, unreached_attention
 from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_value
 from .focus_configs import is_focus, to_base
 from .modeling import FocusMixin, adopt, plan_adoption, repoint
+from .projections import layer_feedback
 from .routing import unrouted_class
 from .sites import build_branches, install, plan
 
@@ -75,14 +77,7 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         NotPatchedError: the model carries no FocusA.
     """
-    if not isinstance(model, FocusMixin):
-        raise NotPatchedError(bad_value("model", type(model).__name__, "a model patched with FocusA"))
-    branches = _branches(model)
-    for path in branches:
-        if path.rpartition(".")[2] != "focus":
-            accepted = f"a model that PEFT does not wrap; `{path}` is wrapped, unload the adapter first"
-            raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
-    for path in branches:
+    for path in _own_branches(model):
         module = model.get_submodule(path.rpartition(".")[0])
         delattr(module, "focus")
         module.__class__ = unrouted_class(type(module))
@@ -95,6 +90,43 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
                 to_base(value, configs)
     repoint(model, configs)
     return model
+
+
+def fold_feedback(model: PreTrainedModel) -> PreTrainedModel:
+    """Make F of a model with `feedback_through="layer"` a matrix of its own, in place: the same outputs, and nothing
+    to compute before each call. For use and for quantization; what is trained on from here trains F alone.
+
+    Returns:
+        `model` itself, with `feedback_through="features"`; one that has it already is left as it is.
+
+    Raises:
+        NotPatchedError: the model carries no FocusA.
+        FocusConfigError: PEFT wraps it, or its projections are quantized.
+    """
+    branches = _own_branches(model)
+    modules = {path: model.get_submodule(path.rpartition(".")[0]) for path in branches}
+    feedback = {path: layer_feedback(modules[path], branch) for path, branch in branches.items()}
+    for path, branch in branches.items():
+        if feedback[path] is not None:
+            branch.fold_feedback(feedback[path])
+        branch.config = replace(branch.config, feedback_through="features")
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, PreTrainedConfig) and is_focus(value):
+                value.focus_config = {**value.focus_config, "feedback_through": "features"}
+    return model
+
+
+def _own_branches(model: nn.Module) -> dict[str, FocusBranch]:
+    """The branches of a patched model, which nothing wraps."""
+    if not isinstance(model, FocusMixin):
+        raise NotPatchedError(bad_value("model", type(model).__name__, "a model patched with FocusA"))
+    branches = _branches(model)
+    for path in branches:
+        if path.rpartition(".")[2] != "focus":
+            accepted = f"a model that PEFT does not wrap; `{path}` is wrapped, unload the adapter first"
+            raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
+    return branches
 
 
 def _branches(model: nn.Module) -> dict[str, FocusBranch]:

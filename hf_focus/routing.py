@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .call_checks import check_call
 from .errors import UnsupportedArchitectureError
 from .masks import find_query_offset, is_visible, limit_distance
+from .projections import layer_feedback
 
 _PRODUCTS = {
     torch.matmul: ("input", "other"),
@@ -136,6 +137,7 @@ class Route(TorchFunctionMode):
             scaling=self._scaling(query) if scaling is None else scaling,
             position_bias=bias,
             query_offset=find_query_offset(mask, length, num_keys, is_causal),
+            layer_feedback=layer_feedback(self.module, branch),
         )
         return focused.transpose(1, 2)
 

@@ -11,6 +11,7 @@ from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, WIDTH, Architectu
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
+from .projections import find_projections
 from .routing import routed_class
 
 
@@ -151,6 +152,9 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if causal and config.span_granularity != "token":
         accepted = f"'token', since `{causal[0]}` is causal and a mean would show it the future"
         raise FocusConfigError(bad_value("span_granularity", config.span_granularity, accepted))
+    if config.feedback_through == "layer":
+        for site in sites:
+            find_projections(site.module, site.num_heads, site.head_dim, site.value_head_dim)
     return sites
 
 

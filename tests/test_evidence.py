@@ -54,7 +54,7 @@ def test_every_variant_is_built_with_as_many_parameters_trains_and_answers(name:
         assert count(model) > (1 - TOLERANCE) * wanted
     batch = task.batch(2, torch.Generator().manual_seed(0), task.settings)
     logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    assert logits.shape == (*batch.input_ids.shape, task.vocabulary(**task.settings))
+    assert logits.shape == (*batch.labels.shape, task.vocabulary(**task.settings))
     logits.sum().backward()
     frozen = {path for path, parameter in model.named_parameters() if not parameter.requires_grad}
     assert all(path.endswith(VARIANTS[name].frozen) for path in frozen)
@@ -107,7 +107,7 @@ def test_a_row_is_reproducible_and_tells_everything() -> None:
     untimed = [{k: v for k, v in record.items() if k != "seconds"} for record in (first, again)]
     assert untimed[0] == untimed[1]
     assert json.loads(json.dumps(untimed[0]))["results"] == first["results"]
-    assert first["settings"] == {"elements": 4, "steps": 2, "queries": 1, "joint": False}
+    assert first["settings"] == {"elements": 4, "steps": 2, "queries": 8}
     assert set(first["results"]["train"]["by_group"]) == {"1", "2"}
     assert first["focus"]["max_span"] == 32
     assert first["steps_made"] == 4
@@ -126,14 +126,14 @@ def test_measuring_counts_right_answers_by_group_and_restores_the_mode() -> None
         """Answers each token with itself."""
 
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-            logits = torch.nn.functional.one_hot(input_ids, 32).float()
+            logits = torch.nn.functional.one_hot(input_ids[..., 0], 32).float()
             return type("Out", (), {"logits": logits})
 
     task, model = find_task("k-step"), Copy().train()
-    settings = task.with_settings({"elements": 3, "steps": 2})
+    settings = task.with_settings({"elements": 3, "steps": 2, "queries": 1})
     found = measure(model, task, settings, torch.Generator().manual_seed(0), 256)
     batch = task.batch(256, torch.Generator().manual_seed(0), settings)
-    right = batch.input_ids[:, -1] == batch.labels[:, -1]
+    right = batch.input_ids[:, -1, 0] == batch.labels[:, -1]
     assert found["accuracy"] == pytest.approx(right.float().mean().item())
     assert found["exact"] == found["accuracy"]
     for k in (1, 2):
@@ -168,9 +168,9 @@ def test_another_row_is_not_done(changes: dict[str, object]) -> None:
 def test_a_setting_that_came_later_does_not_undo_a_row() -> None:
     older = TINY.key
     del older["focus"]["anchored"]
-    del older["settings"]["joint"]
+    del older["settings"]["queries"]
     assert is_done(TINY, [older])
-    assert not is_done(replace(TINY, settings={**TINY.settings, "joint": True}), [older])
+    assert not is_done(replace(TINY, settings={**TINY.settings, "queries": 1}), [older])
 
 
 def test_append_drops_what_a_killed_run_left(tmp_path: Path) -> None:
