@@ -69,6 +69,7 @@ ELSEWHERE = {
     "per_head_span": "test_a_span_a_head",
     "span_penalty": "test_span_penalty",
     "backend": "test_backends_agree",
+    "feedback_through": "test_projections.py",
     "layers": "test_architectures.py",
     "modules": "test_patching.py",
     "local_start": "test_local_start",
