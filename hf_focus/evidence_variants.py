@@ -49,7 +49,7 @@ REFERENCE = "focus"
 _STATIC = ("focus.predictor.weight",)
 _FIXED = ("focus.predictor.weight", "focus.predictor.bias")
 # FocusA in a model that is trained from scratch, and has no function to keep
-FROM_SCRATCH = {"feedback_through": "layer", "mix_start": 0.9, "local_start": 1.0}
+FROM_SCRATCH = {"feedback_through": "layer", "anchored": True, "mix_start": 0.9, "local_start": 1.0}
 _ONE_PASS = {"max_iterations": 1, "refiner": False}
 
 
@@ -97,7 +97,7 @@ VARIANTS: dict[str, Variant] = {
     "seed temperature": _focus("temperature of the seed", temperature="seed"),
     "fixed temperature": _focus("temperature fixed at 1", temperature="seed", temp_scale=0.0),
     # What may make it reliable
-    "anchored": _focus("anchored feedback", anchored=True),
+    "not anchored": _focus("queries mixed with the last one, not the first", anchored=False),
     "bias 2": _focus("mixture starts on the first iterate", readout_bias=2.0),
     "relative stop": _focus("relative stop rule", stop="relative"),
     "no stop": _focus("never stops early", base_threshold=0.0, threshold_scale=0.0),

@@ -158,7 +158,8 @@ def test_finished_rows_are_skipped_and_half_lines_dropped(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"lr": 1e-3}, {"variant": "anchored"}, {"variant": "plain"}, {"settings": {"steps": 1}}]
+    "changes",
+    [{"seed": 1}, {"lr": 1e-3}, {"variant": "not anchored"}, {"variant": "plain"}, {"settings": {"steps": 1}}],
 )
 def test_another_row_is_not_done(changes: dict[str, object]) -> None:
     assert is_done(TINY, [TINY.key])
