@@ -12,7 +12,7 @@ from .evidence_run import find_record, read_rows
 from .evidence_statistics import difference, show
 from .evidence_targets import TARGETS, Verdict, shown
 from .evidence_tasks import find_task
-from .evidence_variants import VARIANTS
+from .evidence_variants import FROM_SCRATCH, VARIANTS
 
 Record = Mapping[str, Any]
 CLAIMS = {
@@ -29,8 +29,12 @@ Small models with and without FocusA, at equal parameters, data, steps and tunin
 figure is measured by `python scripts/evidence.py`; this page is written from the rows in `results/` by
 `python scripts/evidence.py --report`.
 """
-METHOD = """## How it was measured
+_SETTINGS = ", ".join(f"`{name}={value!r}`" for name, value in FROM_SCRATCH.items())
+METHOD = f"""## How it was measured
 
+- **FocusA** is what the README says for training from scratch ({_SETTINGS}, else the
+  defaults), with spans that fit the task; under "patched", the defaults. Encoders feed back through the
+  features.
 - **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
   has more), read the same examples in the same order, make as many steps, and choose their learning rate from the same
   grid on a seed that enters no figure.
