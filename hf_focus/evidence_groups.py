@@ -70,7 +70,7 @@ def _k_step(name: str, largest: int, variants: tuple[str, ...], title: str, **ch
         settings={"steps": largest},
         variants=variants,
         measures=(ACCURACY, STEPS, *by_k),
-        **{"rates": GRID, "batch": 32, "steps": 4000, "until_solved": True, **changes},
+        **{"rates": GRID, "batch": 32, "steps": 4000, "until_solved": True, "tuning_seeds": 3, **changes},
     )
 
 
