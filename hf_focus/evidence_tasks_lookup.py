@@ -47,8 +47,8 @@ TASKS = [
         vocabulary=lambda elements, steps, **_: 2 * elements + steps,
         length=lambda elements, queries, **_: elements + queries,
         settings={"elements": 16, "steps": 3, "queries": 8},
-        # A look-up an iteration, and one to spare
-        focus=lambda steps, **_: {"max_span": 32, "ramp": 8, "max_iterations": steps + 1},
+        # A look-up an iteration, and one to spare; spans start at half, and reach every pair
+        focus=lambda steps, **_: {"max_span": 64, "ramp": 8, "max_iterations": steps + 1},
         symbols=2,
     )
 ]

@@ -49,7 +49,13 @@ REFERENCE = "focus"
 _STATIC = ("focus.predictor.weight",)
 _FIXED = ("focus.predictor.weight", "focus.predictor.bias")
 # FocusA in a model that is trained from scratch, and has no function to keep
-FROM_SCRATCH = {"feedback_through": "layer", "anchored": True, "mix_start": 0.9, "local_start": 1.0}
+FROM_SCRATCH = {
+    "feedback_through": "layer",
+    "anchored": True,
+    "mix_start": 0.9,
+    "gain_start": 0.5,
+    "local_start": 1.0,
+}
 _ONE_PASS = {"max_iterations": 1, "refiner": False}
 
 
@@ -104,7 +110,7 @@ VARIANTS: dict[str, Variant] = {
     "focus rate 3": _focus("learning rate of FocusA × 3", rate=3.0),
     "read-out from both": _focus("read-out from query and global output", readout_from="both"),
     "local start 0": _focus("local output silent at the start", local_start=0.0),
-    "soft start": _focus("next queries start at 0.3 of the size", gain_start=0.3),
+    "full start": _focus("next queries start at the full size", gain_start=1.0),
     "even start": _focus("next queries start half as what is fed back, half as the query", mix_start=0.5),
     "long span": _focus("spans start at the longest", initial_span=0.99),
 }  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_row_is_reproducible_and_tells_everything() -> None:
     assert json.loads(json.dumps(untimed[0]))["results"] == first["results"]
     assert first["settings"] == {"elements": 4, "steps": 2, "queries": 8}
     assert set(first["results"]["train"]["by_group"]) == {"1", "2"}
-    assert first["focus"]["max_span"] == 32
+    assert first["focus"]["max_span"] == 64
     assert first["steps_made"] == 4
 
 
