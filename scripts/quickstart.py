@@ -46,8 +46,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pretrain-steps", type=int, default=150, help="steps of the stand-in for pretraining")
     parser.add_argument("--finetune-steps", type=int, default=80, help="steps of each fine-tuning run")
     parser.add_argument("--batch-size", type=int, default=16, help=f"examples of {BLOCK} tokens in a step")
+    parser.add_argument("--num-processes", type=int, default=1, help="that train side by side, and share the batch")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_processes < 1 or args.batch_size % args.num_processes:
+        parser.error(f"--batch-size {args.batch_size} is not to be shared by --num-processes {args.num_processes}")
+    return args
 
 
 def title(text: str) -> None:
@@ -83,7 +87,7 @@ def make_base(folder: Path, corpus: Path, seed: int) -> None:
 
 
 def finetune(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run scripts/finetune.py in a process of its own, as a user would; return the lines of its log."""
+    """Run scripts/finetune.py in processes of its own, as a user would; return the lines of its log."""
     flags = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
@@ -91,7 +95,10 @@ def finetune(settings: dict[str, Any]) -> list[dict[str, Any]]:
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
             flags += [flag, str(value)]
-    subprocess.run([sys.executable, str(HERE / "finetune.py"), *flags], check=True)
+    processes = settings["num_processes"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = [sys.executable, *(torchrun if processes > 1 else [])]
+    subprocess.run([*launch, str(HERE / "finetune.py"), *flags], check=True)
     log = Path(settings["output_dir"]) / "train_log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -174,7 +181,10 @@ def main(argv: list[str]) -> None:
         "eval_files": files["eval"],
         "text_column": "text",
         "block_size": BLOCK,
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size // args.num_processes,
+        "num_processes": args.num_processes,
+        # Without a GPU, several processes have to be told so
+        "cpu": not torch.cuda.is_available(),
         "seed": args.seed,
         "overwrite_output_dir": True,
         "logging_steps": 10,
