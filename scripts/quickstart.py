@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -154,14 +155,16 @@ def spans_of(folder: Path, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """The runs side by side: held-out bits per byte before and after, time and memory of training."""
-    print(f"{'':24}{'bits per byte':>26}{'seconds':>10}{'peak memory':>14}")
+    """The runs side by side: held-out bits per byte before and after, speed, time and memory of training."""
+    print(f"{'':24}{'bits per byte':>26}{'tokens/s':>10}{'seconds':>10}{'peak memory':>14}")
     print(f"{'':24}{'before':>13}{'after':>13}")
     for name, lines in runs.items():
         held_out = [line["eval_bits_per_byte"] for line in lines if "eval_bits_per_byte" in line]
-        last = [line for line in lines if "seconds" in line][-1]
-        memory = f"{last['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        print(f"{name:24}{held_out[0]:13.4f}{held_out[-1]:13.4f}{last['seconds']:10.1f}{memory:>14}")
+        steps = [line for line in lines if "seconds" in line]
+        speed = median(line["tokens_per_second"] for line in steps)
+        memory = f"{steps[-1]['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        quality = f"{held_out[0]:13.4f}{held_out[-1]:13.4f}"
+        print(f"{name:24}{quality}{speed:10,.0f}{steps[-1]['seconds']:10.1f}{memory:>14}")
 
 
 def main(argv: list[str]) -> None:

@@ -192,11 +192,16 @@ def test_autocast_reaches_nearly_the_same(tmp_path: Path, data: dict[str, Any]) 
 
 
 def test_gradient_checkpointing_reaches_the_same(tmp_path: Path, data: dict[str, Any]) -> None:
-    runs = []
+    runs, computed = [], []
     for checkpointing in (False, True):
+        model, calls = tiny_llama(), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         settings = {"model_args": {"gradient_checkpointing": checkpointing}, "gradient_accumulation_steps": 2}
-        runs.append(run(folder(tmp_path, str(checkpointing)), data, tiny_llama(), **settings))
+        runs.append(run(folder(tmp_path, str(checkpointing)), data, model, **settings))
+        computed.append(len(calls))
     reference, other = runs
+    # Each of the 4 × 2 batches is computed again
+    assert computed[1] - computed[0] == 8
     assert losses(other) == pytest.approx(losses(reference), abs=1e-5)
     state = other.model.state_dict()
     for name, value in reference.model.state_dict().items():
