@@ -25,7 +25,7 @@ LORA = {"lora_rank": 8}
 
 def recipes(max_dist: int, rate: float) -> dict[str, list[dict[str, Any]]]:
     """Name -> its stages, each with the share of the steps it gets."""
-    focus_rate = {"focus_learning_rate": 3 * rate}
+    focus_rate, fast = {"focus_learning_rate": 3 * rate}, {"focus_learning_rate": 10 * rate}
     alone, far = {**FOCUS, **FROZEN, **focus_rate}, {"max_dist": max_dist}
     whole = {**FOCUS, **focus_rate}
     match = {**alone, **far, "objective": "match", "share": 0.5}
@@ -34,10 +34,11 @@ def recipes(max_dist: int, rate: float) -> dict[str, list[dict[str, Any]]]:
     return {
         "plain, all weights": [{"focus": False}],
         "FocusA alone": [alone],
+        "FocusA alone, 10 x learning rate": [{**alone, **fast}],
         "FocusA and LoRA": [{**whole, **LORA, "learning_rate": 3 * rate}],
         "FocusA and all weights": [whole],
         "FocusA and all weights, one learning rate": [FOCUS],
-        "FocusA and all weights, 10 x learning rate": [{**FOCUS, "focus_learning_rate": 10 * rate}],
+        "FocusA and all weights, 10 x learning rate": [{**FOCUS, **fast}],
         "FocusA and all weights, feedback through the layer": [{**whole, "feedback_through": "layer"}],
         "bounded, FocusA alone": [{**alone, **far}],
         "bounded, FocusA and all weights": [{**whole, **far}],
