@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset,
+)
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Value
 
@@ -103,7 +111,7 @@ def load_files(
         # `datasets` wraps whatever the parser raised: the type says nothing
         bad = find_bad_line([path for path in paths if path.suffix.lower() == ".jsonl"])
         if bad and bad_lines == "skip":
-            return _not_empty(load_good_lines(paths, cache_dir), argument, [str(path) for path in paths])
+            return _without_bad_lines(paths, argument, cache_dir)
         if bad:
             raise FocusDataError(bad_value(argument, bad, GOOD_LINES)) from error
         accepted = f"well-formed {builder} files with at least one row ({_first_line(error)})"
@@ -111,6 +119,21 @@ def load_files(
     if not has_rows:
         raise FocusDataError(bad_value(argument, [str(path) for path in paths], "data with at least one row"))
     return rows
+
+
+def _without_bad_lines(paths: list[Path], argument: str, cache_dir: str | None) -> Dataset:
+    """The good lines of .jsonl files; after them what .json files hold, which may be one array over many lines."""
+    arrays = [path for path in paths if path.suffix.lower() != ".jsonl"]
+    lines = [path for path in paths if path not in arrays]
+    rows = _not_empty(load_good_lines(lines, cache_dir), argument, [str(path) for path in lines])
+    if not arrays:
+        return rows
+    others = load_files(arrays, argument, cache_dir=cache_dir)
+    try:
+        return concatenate_datasets([rows, others])
+    except ValueError as error:
+        accepted = f"files of the same columns ({_first_line(error)})"
+        raise FocusDataError(bad_value(argument, [str(path) for path in paths], accepted)) from error
 
 
 def _load_named(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:

@@ -116,6 +116,9 @@ def finetune(
     if train_args.push_to_hub and not model_args.focus:
         raise FocusConfigError(bad_value("push_to_hub", True, "False with --no-focus: what is pushed carries FocusA"))
     with open_accelerator(train_args, trackers, output_dir) as accelerator:
+        if model_args.lora_rank and is_sharded(accelerator):
+            # Merged at the end, and the whole of a weight is nowhere
+            raise FocusConfigError(bad_value("lora_rank", model_args.lora_rank, "0 where weights are sharded"))
         repo_id = prepare_push(accelerator, train_args)
         source = find_source(model_args, model, tokenizer, task.needs_features)
         check_focus_settings(model_args, focus, source)
@@ -130,9 +133,6 @@ def finetune(
             if train_args.load_best_model_at_end and progress.best.step and not best.is_dir():
                 accepted = f"one beside {best.name}, the best so far; or load_best_model_at_end False"
                 raise FocusResumeError(bad_value("resume", train_args.resume, accepted))
-        if model_args.lora_rank and is_sharded(accelerator):
-            # Merged at the end, and the whole of a weight is nowhere
-            raise FocusConfigError(bad_value("lora_rank", model_args.lora_rank, "0 where weights are sharded"))
         torch.manual_seed(train_args.seed)
         load_model(source, task, model_args, encoded.config)
         if data_args.packing == "separate":

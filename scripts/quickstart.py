@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pretrain-steps", type=int, default=150, help="steps of the stand-in for pretraining")
     parser.add_argument("--finetune-steps", type=int, default=80, help="steps of each fine-tuning run")
     parser.add_argument("--batch-size", type=int, default=16, help=f"examples of {BLOCK} tokens in a step")
+    parser.add_argument("--num-processes", type=int, default=1, help="that train side by side, and share the batch")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_processes < 1 or args.batch_size % args.num_processes:
+        parser.error(f"--batch-size {args.batch_size} is not to be shared by --num-processes {args.num_processes}")
+    return args
 
 
 def title(text: str) -> None:
@@ -83,7 +88,7 @@ def make_base(folder: Path, corpus: Path, seed: int) -> None:
 
 
 def finetune(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run scripts/finetune.py in a process of its own, as a user would; return the lines of its log."""
+    """Run scripts/finetune.py in processes of its own, as a user would; return the lines of its log."""
     flags = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
@@ -91,7 +96,10 @@ def finetune(settings: dict[str, Any]) -> list[dict[str, Any]]:
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
             flags += [flag, str(value)]
-    subprocess.run([sys.executable, str(HERE / "finetune.py"), *flags], check=True)
+    processes = settings["num_processes"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = [sys.executable, *(torchrun if processes > 1 else [])]
+    subprocess.run([*launch, str(HERE / "finetune.py"), *flags], check=True)
     log = Path(settings["output_dir"]) / "train_log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()]
 
@@ -147,14 +155,16 @@ def spans_of(folder: Path, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """The runs side by side: held-out bits per byte before and after, time and memory of training."""
-    print(f"{'':24}{'bits per byte':>26}{'seconds':>10}{'peak memory':>14}")
+    """The runs side by side: held-out bits per byte before and after, speed, time and memory of training."""
+    print(f"{'':24}{'bits per byte':>26}{'tokens/s':>10}{'seconds':>10}{'peak memory':>14}")
     print(f"{'':24}{'before':>13}{'after':>13}")
     for name, lines in runs.items():
         held_out = [line["eval_bits_per_byte"] for line in lines if "eval_bits_per_byte" in line]
-        last = [line for line in lines if "seconds" in line][-1]
-        memory = f"{last['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        print(f"{name:24}{held_out[0]:13.4f}{held_out[-1]:13.4f}{last['seconds']:10.1f}{memory:>14}")
+        steps = [line for line in lines if "seconds" in line]
+        speed = median(line["tokens_per_second"] for line in steps)
+        memory = f"{steps[-1]['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        quality = f"{held_out[0]:13.4f}{held_out[-1]:13.4f}"
+        print(f"{name:24}{quality}{speed:10,.0f}{steps[-1]['seconds']:10.1f}{memory:>14}")
 
 
 def main(argv: list[str]) -> None:
@@ -174,7 +184,10 @@ def main(argv: list[str]) -> None:
         "eval_files": files["eval"],
         "text_column": "text",
         "block_size": BLOCK,
-        "batch_size": args.batch_size,
+        "batch_size": args.batch_size // args.num_processes,
+        "num_processes": args.num_processes,
+        # Without a GPU, several processes have to be told so
+        "cpu": not torch.cuda.is_available(),
         "seed": args.seed,
         "overwrite_output_dir": True,
         "logging_steps": 10,

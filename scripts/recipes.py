@@ -25,7 +25,7 @@ LORA = {"lora_rank": 8}
 
 def recipes(max_dist: int, rate: float) -> dict[str, list[dict[str, Any]]]:
     """Name -> its stages, each with the share of the steps it gets."""
-    focus_rate = {"focus_learning_rate": 3 * rate}
+    focus_rate, fast = {"focus_learning_rate": 3 * rate}, {"focus_learning_rate": 10 * rate}
     alone, far = {**FOCUS, **FROZEN, **focus_rate}, {"max_dist": max_dist}
     whole = {**FOCUS, **focus_rate}
     match = {**alone, **far, "objective": "match", "share": 0.5}
@@ -34,9 +34,12 @@ def recipes(max_dist: int, rate: float) -> dict[str, list[dict[str, Any]]]:
     return {
         "plain, all weights": [{"focus": False}],
         "FocusA alone": [alone],
+        "FocusA alone, 10 x learning rate": [{**alone, **fast}],
         "FocusA and LoRA": [{**whole, **LORA, "learning_rate": 3 * rate}],
         "FocusA and all weights": [whole],
         "FocusA and all weights, one learning rate": [FOCUS],
+        "FocusA and all weights, 10 x learning rate": [{**FOCUS, **fast}],
+        "FocusA and all weights, feedback through the layer": [{**whole, "feedback_through": "layer"}],
         "bounded, FocusA alone": [{**alone, **far}],
         "bounded, FocusA and all weights": [{**whole, **far}],
         "bounded, matched, then FocusA alone": [match, {**then, **FROZEN}],
@@ -48,12 +51,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/recipes"))
     parser.add_argument("--pretrain-steps", type=int, default=160)
-    parser.add_argument("--steps", type=int, default=32, help="of each recipe, both stages together")
+    parser.add_argument("--steps", type=int, default=80, help="of each recipe, both stages together")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256, help="tokens of an example")
     parser.add_argument("--eval-bytes", type=int, default=60_000, help="of held-out text")
     parser.add_argument("--max-dist", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the base")
+    parser.add_argument(
+        "--warmup-share", type=float, default=0.25, help="of the steps; a new optimizer's first are rough"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of recipes")
     return parser.parse_args(argv)
@@ -115,7 +121,7 @@ def main(argv: list[str]) -> None:
                 "learning_rate": 2e-3,
             }
         )
-    common |= {"train_files": files["train"], "learning_rate": args.learning_rate}
+    common |= {"train_files": files["train"], "learning_rate": args.learning_rate, "warmup_share": args.warmup_share}
     table = out / "recipes.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()] if table.is_file() else []
     done = {row["recipe"] for row in rows}

@@ -48,3 +48,18 @@ def test_what_was_skipped_is_read_again_when_the_file_changes(tmp_path: Path) ->
     assert len(load_documents(args)[0]) == 3
     write(tmp_path / "data.jsonl", BAD["cut off"] + b'\n{"text": "four"}')
     assert len(load_documents(args)[0]) == 4
+
+
+def test_an_array_beside_corrupt_lines_is_kept(tmp_path: Path) -> None:
+    args = write(tmp_path / "data.jsonl", BAD["cut off"])
+    array = tmp_path / "more.json"
+    array.write_text('[\n{"text": "four"},\n{"text": "five"}\n]')
+    args.train_files.append(str(array))
+    with pytest.raises(FocusDataError, match=r"train_files.*data\.jsonl:4 .*bad_lines"):
+        load_documents(args)
+    args.bad_lines = "skip"
+    assert load_documents(args)[0]["text"][:] == ["one", "two", "three", "four", "five"]
+    for content, message in (('[{"text": 5}]', "columns"), ("[", "well-formed")):
+        array.write_text(content)
+        with pytest.raises(FocusDataError, match=rf"train_files.*more\.json.*{message}"):
+            load_documents(args)

@@ -182,16 +182,30 @@ def test_trackers_and_log(tmp_path: Path, data: dict[str, Any]) -> None:
     assert steps[-1]["learning_rate"] == 0 < max(line["learning_rate"] for line in steps)
 
 
-@pytest.mark.parametrize("precision", [{"mixed_precision": "bf16"}, {"model_args": {"gradient_checkpointing": True}}])
-def test_other_ways_to_compute_reach_nearly_the_same(
-    tmp_path: Path, data: dict[str, Any], precision: dict[str, Any]
-) -> None:
+def test_autocast_reaches_nearly_the_same(tmp_path: Path, data: dict[str, Any]) -> None:
     # Both in one process, one after the other; exploration would meet other numbers
     focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, epsilon=0.0)
     reference = run(folder(tmp_path, "a"), data, tiny_llama(), focus)
-    other = run(folder(tmp_path, "b"), data, tiny_llama(), focus, **precision)
+    other = run(folder(tmp_path, "b"), data, tiny_llama(), focus, mixed_precision="bf16")
     assert losses(other) == pytest.approx(losses(reference), abs=0.05)
     assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+
+
+def test_gradient_checkpointing_reaches_the_same(tmp_path: Path, data: dict[str, Any]) -> None:
+    runs, computed = [], []
+    for checkpointing in (False, True):
+        model, calls = tiny_llama(), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        settings = {"model_args": {"gradient_checkpointing": checkpointing}, "gradient_accumulation_steps": 2}
+        runs.append(run(folder(tmp_path, str(checkpointing)), data, model, **settings))
+        computed.append(len(calls))
+    reference, other = runs
+    # Each of the 4 × 2 batches is computed again
+    assert computed[1] - computed[0] == 8
+    assert losses(other) == pytest.approx(losses(reference), abs=1e-5)
+    state = other.model.state_dict()
+    for name, value in reference.model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-5, msg=name)
     assert not other.model.is_gradient_checkpointing
 
 

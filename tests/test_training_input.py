@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from small_runs import (
     FOCUS,
     folder,
@@ -83,6 +85,26 @@ def test_bad_input_is_refused_before_anything_is_changed(tmp_path: Path, data: d
         run(tmp_path, data, model, **changes)
     assert not isinstance(model, FocusMixin)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "argument"),
+    [
+        ("FSDP", {"model_args": {"lora_rank": 2}}, "lora_rank"),
+        ("DEEPSPEED", {"model_args": {"lora_rank": 2}}, "lora_rank"),
+        ("DEEPSPEED", {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+    ],
+)
+def test_what_sharded_weights_cannot_do_is_refused(
+    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str, changes: Any, argument: str
+) -> None:
+    # Neither is started on a CPU: a run is told of it
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    model = tiny_llama()
+    with pytest.raises(FocusConfigError, match=f"`{argument}` got 2"):
+        run(tmp_path, data, model, **changes)
+    assert not isinstance(model, FocusMixin)
     assert not (tmp_path / "out").exists()
 
 
