@@ -14,7 +14,7 @@ from hf_focus.errors import FocusConfigError, NotPatchedError
 from hf_focus.projections import find_projections, layer_feedback, through_layer
 
 THROUGH_LAYER = FocusConfig.build(SETTINGS, feedback_through="layer")
-SEPARATE = ["llama", "mistral", "qwen2", "gemma2", "opt", "whisper", "bart", "t5", "distilbert"]
+SEPARATE = ["llama", "gemma2", "opt", "whisper", "t5", "distilbert"]
 FUSED = ["phi3", "gpt2", "gpt_neox", "bert"]
 
 
