@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .configuration import FocusConfig
 from .errors import FocusDataError
 from .evidence_tasks import find_task
 from .evidence_train import Row, run_row
@@ -30,6 +31,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+_FOCUS_DEFAULTS = FocusConfig().to_dict()
+
+
 def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
     """Whether one of `finished` is this row, see `find_record`."""
     return find_record(row, finished) is not None
@@ -37,14 +41,14 @@ def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
 
 def find_record(row: Row, finished: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The last of `finished` that is this row. Settings of FocusA and of the task that did not exist when it was made
-    are not compared: new ones start as what was there before."""
+    had what is now their default: new ones start as what was there before."""
     key = row.key
     focus, settings, defaults = key.pop("focus") or {}, key.pop("settings"), find_task(row.task).settings
     for other in reversed(list(finished)):
         known = other.get("focus")
         same = all(other.get(name) == value for name, value in key.items()) and (known is None) == (not focus)
         same = same and {**defaults, **other.get("settings", {})} == settings
-        if same and all(focus.get(name) == value for name, value in (known or {}).items()):
+        if same and (known is None or {**_FOCUS_DEFAULTS, **known} == focus):
             return other
     return None
 

@@ -67,6 +67,7 @@ class Row:
         values["attention"], values["more_layers"] = variant.attention, variant.more_layers
         values["frozen"] = list(variant.frozen)
         values["focus_rate"] = variant.focus_rate
+        values["tied"] = not task.encoder
         return values
 
 

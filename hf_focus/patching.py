@@ -4,7 +4,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .branch import FocusBranch
@@ -93,19 +93,26 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def fold_feedback(model: PreTrainedModel) -> PreTrainedModel:
-    """Make F of a model with `feedback_through="layer"` a matrix of its own, in place: the same outputs, and nothing
-    to compute before each call. For use and for quantization; what is trained on from here trains F alone.
+    """Make F of a model with `feedback_through="layer"` a matrix of its own, in place: the same outputs, to the
+    rounding of the weights' dtype, and nothing to compute before each call. For use and before quantization or
+    offloading; what is trained on from here trains F alone.
 
     Returns:
         `model` itself, with `feedback_through="features"`; one that has it already is left as it is.
 
     Raises:
         NotPatchedError: the model carries no FocusA.
-        FocusConfigError: PEFT wraps it, or its projections are quantized.
+        FocusConfigError: before anything is changed: PEFT wraps FocusA, or projections are quantized, sharded or
+            offloaded.
     """
     branches = _own_branches(model)
     modules = {path: model.get_submodule(path.rpartition(".")[0]) for path in branches}
     feedback = {path: layer_feedback(modules[path], branch) for path, branch in branches.items()}
+    for path, matrix in feedback.items():
+        own = branches[path].feedback_matrix
+        if matrix is not None and (own.is_meta or type(matrix) is not Tensor or type(own.data) is not Tensor):
+            accepted = f"a model whose weights are whole and in memory, and those of `{path}` are not"
+            raise FocusConfigError(bad_value("model", type(model).__name__, accepted))
     for path, branch in branches.items():
         if feedback[path] is not None:
             branch.fold_feedback(feedback[path])

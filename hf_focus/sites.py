@@ -152,7 +152,7 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if causal and config.span_granularity != "token":
         accepted = f"'token', since `{causal[0]}` is causal and a mean would show it the future"
         raise FocusConfigError(bad_value("span_granularity", config.span_granularity, accepted))
-    if config.feedback_through == "layer":
+    if config.feedback_through == "layer" and config.max_iterations > 1:
         for site in sites:
             find_projections(site.module, site.num_heads, site.head_dim, site.value_head_dim)
     return sites

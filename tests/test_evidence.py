@@ -168,10 +168,14 @@ def test_another_row_is_not_done(changes: dict[str, object]) -> None:
 
 def test_a_setting_that_came_later_does_not_undo_a_row() -> None:
     older = TINY.key
-    del older["focus"]["anchored"]
+    del older["focus"]["stop"]
     del older["settings"]["queries"]
     assert is_done(TINY, [older])
     assert not is_done(replace(TINY, settings={**TINY.settings, "queries": 1}), [older])
+    # What it had was the default, and not what a variant asks for now
+    del older["focus"]["anchored"]
+    assert not is_done(TINY, [older])
+    assert is_done(replace(TINY, variant="not anchored"), [older])
 
 
 def test_append_drops_what_a_killed_run_left(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import SETTINGS, TINY, logits, make_inputs, patched, randomize, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -133,17 +134,52 @@ def test_a_layer_without_projections_of_its_own_is_refused_before_any_change(nam
     assert before == (type(model), {key: id(x) for key, x in model.state_dict(keep_vars=True).items()})
 
 
-def test_projections_quantized_after_the_patch_are_refused_by_name() -> None:
+@pytest.mark.parametrize("shape", [(512, 1), (32, 32)], ids=["4 bit", "8 bit"])
+def test_projections_quantized_after_the_patch_are_refused_by_name(shape: tuple[int, int]) -> None:
     model = apply_focus(TINY["llama"].build(), THROUGH_LAYER)
-    # Packed as 4-bit weights are: two in a byte, in one column
+    # 4-bit weights are packed, two in a byte; 8-bit ones have the shape of the plain ones
     attention = model.model.layers[1].self_attn
-    attention.q_proj.weight = nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
+    attention.q_proj.weight = nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(FocusConfigError, match=r"'layer'.*LlamaAttention.*before you quantize"):
         fold_feedback(model)
     assert model.focus_config.feedback_through == "layer"
 
 
+def test_offloaded_weights_are_refused_by_name_and_nothing_is_folded() -> None:
+    model = lively(apply_focus(TINY["llama"].build(), THROUGH_LAYER))
+    first = model.model.layers[0].self_attn.focus.feedback_matrix.clone()
+    model.model.layers[1].to("meta")
+    with pytest.raises(FocusConfigError, match=r"'layer'.*before you offload"):
+        fold_feedback(model)
+    assert torch.equal(model.model.layers[0].self_attn.focus.feedback_matrix, first)
+    assert model.focus_config.feedback_through == "layer"
+
+
+def test_what_lora_adds_to_the_projections_counts_before_and_after_merging() -> None:
+    model = lively(apply_focus(TINY["llama"].build(), THROUGH_LAYER))
+    inputs = {"input_ids": tokens()}
+    plain = logits(model, **inputs)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)).eval()
+    attention, branch = next(iter(branches(model).values()))
+    merged = layer_feedback(attention, branch).clone()
+    expected = logits(adapted, **inputs)
+    assert (expected - plain).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted, **inputs), plain)
+        assert (layer_feedback(attention, branch) - merged).abs().max() > 1e-3
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), **inputs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer_feedback(attention, branch), merged, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_is_refused_by_name() -> None:
+    model = apply_focus(TINY["llama"].build(), THROUGH_LAYER)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(FocusConfigError, match=r"'layer'.*DoRA"):
+        adapted(input_ids=tokens())
+
+
 def test_a_single_pass_feeds_nothing_back() -> None:
+    apply_focus(TINY["gpt2"].build(), FocusConfig.build(THROUGH_LAYER, max_iterations=1))
     model = apply_focus(TINY["llama"].build(), FocusConfig.build(THROUGH_LAYER, max_iterations=1))
     assert all(layer_feedback(*pair) is None for pair in branches(model).values())
     assert fold_feedback(model).focus_config.feedback_through == "features"
