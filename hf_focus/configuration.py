@@ -111,9 +111,10 @@ class FocusConfig:
             `"additive"` (the seed).
         feedback_through: where F, which makes a query of an output, starts from: `"features"` (the identity: a head's
             output is taken for a query) or `"layer"` (the layer's own output and query projections, W_O·W_Q of each
-            head: the query that the layer would make of this output). Either way a difference to it is learned; with
-            `"layer"` F moves with the projections, and `fold_feedback(model)` makes it a fixed matrix, which saves
-            its computation in every call. Needs separate projections on the attention module.
+            head: what the query projection makes of what the head writes, without norms, gates and position encodings
+            on the way). Either way a difference to it is learned; with `"layer"` F moves with the projections, and
+            `fold_feedback(model)` makes it a fixed matrix: decode after that, since W_O·W_Q costs each call more than
+            a token does. Needs separate projections on the attention module.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
