@@ -177,6 +177,7 @@ assert torch.equal(logits(model), torch.load(NAME))
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_push_leaves_what_was_there_and_a_second_completes(hub: Hub, tmp_path: Path) -> None:
     save_start(tmp_path / "start")
     printed = run_client(hub, tmp_path, FIRST)
