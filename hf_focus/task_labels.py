@@ -19,7 +19,6 @@ from .arguments import DataArguments
 from .collators import IGNORED, Batch
 from .data import find_text_column
 from .errors import FocusDataError, bad_value
-from .packing import hash_code
 from .task_types import (
     ACCURACY,
     PERPLEXITY,
@@ -31,6 +30,7 @@ from .task_types import (
     check_fast,
     count_labels,
     encode_parts,
+    encode_rows,
     score_labels,
 )
 
@@ -70,19 +70,14 @@ def _encode_texts(
         column = find_text_column(rows.remove_columns(name), args.text_column)
         pair = args.text_pair_column and find_text_column(rows, args.text_pair_column, "text_pair_column")
         _check_labels(set(rows[name]), numbers, labels, argument, name)
-        return rows.map(
+        return encode_rows(
+            rows,
             _tokenize_texts,
-            batched=True,
-            remove_columns=rows.column_names,
-            fn_kwargs={
-                "tokenizer": source.tokenizer,
-                "columns": [column, pair] if pair else [column],
-                "label": name,
-                "numbers": numbers,
-                "size": size,
-                "code": hash_code(__file__),
-            },
-            desc="Tokenizing",
+            source,
+            size,
+            columns=[column, pair] if pair else [column],
+            label=name,
+            numbers=numbers,
         )
 
     settings = {**_label_settings(labels), "problem_type": "single_label_classification"}
@@ -124,19 +119,14 @@ def _encode_words(
     def examples(rows: Dataset, argument: str) -> Dataset:
         _tags_of(rows, args)
         _check_labels(set(_all_tags(rows, args)), numbers, labels, argument, args.tags_column)
-        encoded = rows.map(
+        encoded = encode_rows(
+            rows,
             _tokenize_words,
-            batched=True,
-            remove_columns=rows.column_names,
-            fn_kwargs={
-                "tokenizer": source.tokenizer,
-                "columns": [args.tokens_column, args.tags_column],
-                "numbers": numbers,
-                "size": size,
-                "argument": argument,
-                "code": hash_code(__file__),
-            },
-            desc="Tokenizing",
+            source,
+            size,
+            columns=[args.tokens_column, args.tags_column],
+            numbers=numbers,
+            argument=argument,
         )
         if len(encoded) == 0:
             raise FocusDataError(bad_value(argument, f"{len(rows)} rows without a word", "rows that hold words"))

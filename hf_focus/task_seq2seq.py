@@ -21,7 +21,6 @@ from .checkpoints import digest
 from .collators import IGNORED, Batch
 from .data import find_text_column
 from .errors import FocusConfigError, FocusDataError, bad_value
-from .packing import hash_code
 from .task_types import (
     ACCURACY,
     PERPLEXITY,
@@ -32,6 +31,7 @@ from .task_types import (
     check_column,
     count_labels,
     encode_parts,
+    encode_rows,
     score_labels,
 )
 
@@ -60,18 +60,13 @@ def _encode_pairs(
         # As in {"translation": {"en": ..., "de": ...}}
         rows = rows.flatten() if "." in args.source_column + args.target_column else rows
         names = [find_text_column(rows, getattr(args, name), name) for name in ("source_column", "target_column")]
-        encoded = rows.map(
+        encoded = encode_rows(
+            rows,
             _tokenize_pairs,
-            batched=True,
-            remove_columns=rows.column_names,
-            fn_kwargs={
-                "tokenizer": source.tokenizer,
-                "columns": names,
-                "prefix": args.source_prefix,
-                "size": size,
-                "code": hash_code(__file__),
-            },
-            desc="Tokenizing",
+            source,
+            size,
+            columns=names,
+            prefix=args.source_prefix,
         )
         if len(encoded) == 0:
             raise FocusDataError(bad_value(argument, f"{len(rows)} pairs with a blank side", "pairs of texts"))
@@ -107,21 +102,21 @@ def _encode_speech(
     def examples(rows: Dataset, argument: str) -> Dataset:
         text = find_text_column(rows, args.text_column)
         rows = _with_rate(rows, check_column(rows, "audio_column", args.audio_column), source.features.sampling_rate)
-        encoded = rows.map(
+        encoded = encode_rows(
+            rows,
             _read_speech,
-            remove_columns=rows.column_names,
-            features=Features({"samples": List(Value("float32")), "labels": List(Value("int64"))}),
-            fn_kwargs={
-                "tokenizer": source.tokenizer,
-                "columns": [args.audio_column, text],
-                "rate": source.features.sampling_rate,
-                "size": size,
-                "argument": argument,
-                "code": hash_code(__file__),
+            source,
+            size,
+            options={
+                "batched": False,
+                "features": Features({"samples": List(Value("float32")), "labels": List(Value("int64"))}),
+                # A row may hold megabytes
+                "writer_batch_size": 32,
+                "desc": "Reading audio",
             },
-            # A row may hold megabytes
-            writer_batch_size=32,
-            desc="Reading audio",
+            columns=[args.audio_column, text],
+            rate=source.features.sampling_rate,
+            argument=argument,
         )
         kept = [i for i, length in enumerate(_lengths(encoded)) if length and (longest is None or length <= longest)]
         if len(kept) < len(encoded):

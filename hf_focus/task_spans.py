@@ -12,7 +12,6 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 from .arguments import DataArguments
 from .collators import Batch
 from .errors import FocusConfigError, FocusDataError, bad_value
-from .packing import hash_code
 from .task_types import (
     PERPLEXITY,
     Encoded,
@@ -22,6 +21,7 @@ from .task_types import (
     check_column,
     check_fast,
     encode_parts,
+    encode_rows,
 )
 
 # No answer is longer, in tokens
@@ -45,20 +45,17 @@ def _encode(train: Dataset, evaluation: Dataset | None, source: Source, args: Da
         if not isinstance(kind, dict) or not {"text", "answer_start"} <= set(kind):
             accepted = "a column of {'text': [...], 'answer_start': [...]}, empty lists where there is no answer"
             raise FocusDataError(bad_value("answers_column", names[2], accepted))
-        return rows.map(
+        return encode_rows(
+            rows,
             _cut_windows,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            fn_kwargs={
-                "tokenizer": source.tokenizer,
-                "columns": names,
-                "size": size,
-                "stride": stride,
-                "argument": argument,
-                "code": hash_code(__file__),
+            source,
+            size,
+            options={
+                "with_indices": True,
             },
-            desc="Tokenizing",
+            columns=names,
+            stride=stride,
+            argument=argument,
         )
 
     return Encoded(*encode_parts(train, evaluation, args, windows))

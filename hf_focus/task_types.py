@@ -1,5 +1,6 @@
 """What a task of fine-tuning is made of, and what it is made from: the model's config, tokenizer and features."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import FeatureExtractionMixin, PreTrainedConfig, PreTrainedMod
 from .arguments import DataArguments
 from .collators import IGNORED, Batch
 from .errors import FocusConfigError, FocusDataError, bad_value
+from .packing import hash_code
 
 Scores = dict[str, Tensor | list[Any]]
 
@@ -110,6 +112,32 @@ def encode_parts(
         for rows, training in ((train, True), (evaluation, False))
     ]
     return parts[0], parts[1]
+
+
+def encode_rows(
+    rows: Dataset,
+    encode: Callable[..., dict[str, Any]],
+    source: Source,
+    size: int,
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Dataset:
+    """`rows` as `encode(batch, tokenizer=…, size=…, code=…, **arguments)` makes them, without the columns they had.
+
+    Args:
+        options: of `Dataset.map`, beside batches and the progress bar's name, which they may replace.
+    """
+    return rows.map(
+        encode,
+        remove_columns=rows.column_names,
+        fn_kwargs={
+            "tokenizer": source.tokenizer,
+            "size": size,
+            "code": hash_code(inspect.getfile(encode)),
+            **arguments,
+        },
+        **{"batched": True, "desc": "Tokenizing", **(options or {})},
+    )
 
 
 def numbered(rows: Dataset) -> Dataset:
