@@ -1,6 +1,8 @@
 """`FocusBranch`: all that FocusA adds to one attention layer. It is the layer's submodule `focus`."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import initialization as init
 from .attention import focus_attention
 from .band_mask import BandMask
 from .configuration import FocusConfig
+from .kept_mass import kept_mass, sampled_queries
 from .masks import count_visible, gather_reach, own_key_visible
 from .observers import FocusRecord, is_observed, notify
 from .penalty import note_mean_span
@@ -135,7 +138,7 @@ class FocusBranch(nn.Module):
         """
         config = self.config
         max_span = min(config.max_span, sliding_window or config.max_span)
-        length = query.shape[2]
+        length, scaling = query.shape[2], query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(query_offset, Tensor):
             key, value, attention_mask, position_bias, query_offset = gather_reach(
                 key, value, attention_mask, position_bias, query_offset, length, max_span, is_causal
@@ -154,18 +157,26 @@ class FocusBranch(nn.Module):
                 self.refiner.begin(self.predictor.weight)
             with torch.no_grad():
                 own_kv = (x[:, :, query_offset : query_offset + length] for x in (key, value))
-                own = _own_statistics(query, *own_kv, query.shape[-1] ** -0.5 if scaling is None else scaling)
+                own = _own_statistics(query, *own_kv, scaling)
                 features = self._features(predicted, num_visible, global_output.transpose(1, 2), *own)
-                state, action = self.refiner(features, explore=learning)
+                state, action = self.refiner(features, explore=learning and config.reward != "mass")
                 factor = self.refiner.action_to_span_scale(action)
             scale = (predicted * factor).clamp(0, 1)
         learns_from_attention = learning and config.reward == "seed"
         if learning:
             learn_from = valid[:, None].expand(state.shape)
-        if learning and not learns_from_attention:
+        if learning and config.reward == "loss":
             scale = self.refiner.learn_from_loss(scale, predicted, state, action, features, learn_from)
 
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
+        options = {
+            "is_causal": is_causal,
+            "scaling": scaling,
+            "softcap": softcap,
+            "query_offset": query_offset,
+            "max_span": max_span,
+            "ramp": config.ramp,
+        }
         local = focus_attention(
             query,
             key,
@@ -178,12 +189,7 @@ class FocusBranch(nn.Module):
             gain=None if self.log_gain is None else _wide(self.log_gain).exp(),
             attention_mask=attention_mask,
             position_bias=position_bias,
-            is_causal=is_causal,
-            scaling=scaling,
-            softcap=softcap,
-            query_offset=query_offset,
-            max_span=max_span,
-            ramp=config.ramp,
+            **options,
             max_iterations=config.max_iterations,
             feedback=config.feedback,
             anchored=config.anchored,
@@ -211,6 +217,14 @@ class FocusBranch(nn.Module):
                 features=features,
                 valid=learn_from,
             )
+        if learning and config.reward == "mass":
+            compared = partial(
+                kept_mass, query, key, attention_mask=attention_mask, position_bias=position_bias, **options
+            )
+            entries = self._compare_corrections(
+                compared, predicted, temperature, state, features, learn_from, num_keys
+            )
+            output = self.refiner.learn(output, **entries)
         if config.span_penalty and self.training and not torch.compiler.is_compiling():
             note_mean_span(scale, valid, self.predictor.weight.requires_grad)
         if is_observed():
@@ -220,6 +234,33 @@ class FocusBranch(nn.Module):
                 FocusRecord(span, scale, local.entropy, local.coverage, local.iterations, action, valid),
             )
         return output
+
+    @torch.no_grad()
+    def _compare_corrections(
+        self,
+        compare: Callable[..., Tensor],
+        predicted: Tensor,
+        temperature: Tensor,
+        state: Tensor,
+        features: Tensor,
+        valid: Tensor,
+        num_keys: int,
+    ) -> dict[str, Tensor]:
+        """What some of the queries teach the refiner: the arguments of `Refiner.learn`, (B, H or 1, N, A) each."""
+        rows = sampled_queries(state.shape[2], num_keys)
+        action = torch.arange(self.config.num_actions, device=state.device)
+        scales = predicted[:, :, rows, None] * self.refiner.action_to_span_scale(action)
+        kept = compare(scales * self.config.max_span, temperature[:, :, rows].reciprocal(), rows)
+        if state.shape[1] == 1:
+            kept = kept.mean(dim=1, keepdim=True)
+        shape = kept.shape
+        return {
+            "state": state[:, :, rows, None].expand(shape),
+            "action": action.expand(shape),
+            "reward": kept - self.config.span_cost * scales,
+            "features": features[:, :, rows, None].expand(*shape, -1),
+            "valid": valid[:, :, rows, None].expand(shape),
+        }
 
     def _features(self, scale: Tensor, num_keys: Tensor, output: Tensor, value_size: Tensor, match: Tensor) -> Tensor:
         """The refiner's four statistics, (B, H or 1, T, 4): span, log of the keys, how far the output shrank against

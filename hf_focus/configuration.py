@@ -67,7 +67,8 @@ _RULES = {
     "base_threshold": NON_NEGATIVE,
     "threshold_scale": BELOW_ONE,
     "refiner": BOOL,
-    "reward": choice("seed", "loss"),
+    "reward": choice("seed", "mass", "loss"),
+    "span_cost": NON_NEGATIVE,
     "num_actions": int_from(2),
     "alpha": _FRACTION,
     "gamma": BELOW_ONE,
@@ -134,11 +135,16 @@ class FocusConfig:
         threshold_scale: see `base_threshold`.
         refiner: whether the Q-table corrects the predicted span.
         reward: what the refiner learns from: `"seed"` (coverage − `entropy_weight`·entropy of the local attention
-            weights), or `"loss"` (by how much, to first order, the correction lowered the loss of the model).
+            weights), `"mass"` (the share of a query's attention within `max_span` that the corrected span keeps −
+            `span_cost`·span, as a share of `max_span`: it makes spans as short as they can be without losing what is
+            attended to), or `"loss"` (by how much, to first order, the correction lowered the loss of the model).
+        span_cost: with `reward="mass"`: attention that the refiner gives up for a span shorter by `max_span`.
         num_actions: corrections the refiner chooses from: factors 0, 1/(A−1), …, 1.
         alpha: learning rate of the Q-table.
-        gamma: discount of the Q-table; not of `reward="loss"`, where a correction has its whole effect at once.
-        epsilon: share of random actions while training.
+        gamma: discount of the Q-table, with the seed's reward; with the others a correction has its whole effect at
+            once.
+        epsilon: share of random actions while training; none with `reward="mass"`, which compares all corrections of a
+            query with each other.
         entropy_weight: weight of the entropy in the seed's reward.
         coverage_threshold: a key counts as covered when its weight is above this.
         global_attn_implementation: attention of the global branch; None keeps the model's own choice.
@@ -178,6 +184,7 @@ class FocusConfig:
     threshold_scale: float = 0.1
     refiner: bool = True
     reward: str = "seed"
+    span_cost: float = 0.1
     num_actions: int = 10
     alpha: float = 0.1
     gamma: float = 0.9

@@ -11,7 +11,7 @@ import torch
 
 from .evidence_groups import GROUPS, QUICK, find_groups, on_dataset
 from .evidence_map import write_map
-from .evidence_plan import Group
+from .evidence_plan import Group, seeds_that_count
 from .evidence_plots import plot_group
 from .evidence_report import counted, report
 from .evidence_run import read_rows, run_rows
@@ -99,7 +99,7 @@ def run_group(
     if left:
         return left
     rates = group.choose_rates(read_rows(path))
-    rows = [group.row(v, seed, rates[v]) for seed in range(wanted["seeds"]) for v in group.variants]
+    rows = [group.row(v, seed, rates[v]) for seed in seeds_that_count(wanted["seeds"]) for v in group.variants]
     return run_rows([row for row in rows if row.variant in wanted["variant"]], path, device, _say, limit)
 
 

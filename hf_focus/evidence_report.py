@@ -7,7 +7,7 @@ from typing import Any
 
 from .evidence_groups import GROUPS
 from .evidence_map import PAGE as MAP
-from .evidence_plan import FIRST_TUNING_SEED, STEPS, Group, Measure
+from .evidence_plan import FIRST_SEED, STEPS, Group, Measure
 from .evidence_run import find_record, read_rows
 from .evidence_statistics import difference, show
 from .evidence_targets import TARGETS, Verdict, shown
@@ -61,7 +61,7 @@ def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Reco
     records = list(records)
     rates = group.choose_rates(records)
     # In the order of the seeds, whatever order they were measured in
-    seeds = sorted({record["seed"] for record in records if record["seed"] < FIRST_TUNING_SEED})
+    seeds = sorted({record["seed"] for record in records if record["seed"] >= FIRST_SEED})
     found = {
         variant: {seed: find_record(group.row(variant, seed, rates[variant]), records) for seed in seeds}
         for variant in group.variants

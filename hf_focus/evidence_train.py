@@ -65,6 +65,7 @@ class Row:
         values["focus"] = focus_settings(task, values["settings"], variant)
         del values["variant"]
         values["attention"], values["more_layers"] = variant.attention, variant.more_layers
+        values["rounds"] = variant.rounds
         values["frozen"] = list(variant.frozen)
         values["focus_rate"] = variant.focus_rate
         values["tied"] = not task.encoder

@@ -28,6 +28,7 @@ class Variant:
         focus: settings of FocusA; None: a model without it.
         attention: a name in `evidence_attention.ATTENTIONS`, for a model without FocusA.
         more_layers: besides those of the row.
+        rounds: how often a token goes through the layers, with the same weights (Universal Transformer, 1807.03819).
         matched: parameters as many as those of `REFERENCE` (the MLP is widened or narrowed). A deeper baseline is
             not: it may have more.
         frozen: ends of names of parameters that keep their start.
@@ -39,6 +40,7 @@ class Variant:
     focus: Mapping[str, Any] | None = None
     attention: str | None = None
     more_layers: int = 0
+    rounds: int = 1
     matched: bool = True
     frozen: tuple[str, ...] = ()
     near: float | None = None
@@ -71,6 +73,7 @@ VARIANTS: dict[str, Variant] = {
     "plain": Variant("full attention"),
     "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
     "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
+    "plain, 4 rounds": Variant("full attention, four times through the layer", rounds=4),
     "hybrid": _focus("sliding window + full, no iteration, no refiner", **_ONE_PASS),
     "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
@@ -178,7 +181,7 @@ def patch(model: PreTrainedModel, task: Task, settings: Mapping[str, Any], name:
     if focus is not None:
         apply_focus(model, focus)
         _freeze(model, variant)
-    elif variant.attention or variant.more_layers:
+    elif variant.attention or variant.more_layers or variant.rounds > 1:
         raise FocusConfigError(bad_value("variant", name, "plain, or one that a model can be patched to"))
 
 
@@ -223,6 +226,9 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
         )
     else:
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
+        if variant.rounds > 1:
+            model.model.layers = nn.ModuleList([*model.model.layers] * variant.rounds)
+            model.config.num_hidden_layers = len(model.model.layers)
     if task.symbols > 1:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.sum(dim=-2))
     focus = focus_settings(task, settings, variant)

@@ -14,6 +14,13 @@ def is_visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
+def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention mask, bool or additive, as what is added to scores: −inf where a key may not be seen."""
+    visible = is_visible(mask)
+    added = torch.zeros_like(mask, dtype=dtype) if mask is visible else mask.to(dtype)
+    return added.masked_fill(~visible, float("-inf"))
+
+
 def read_mask(mask: Tensor | BandMask, rows: slice, columns: slice, batch: slice = slice(None)) -> Tensor:
     """A part of an attention mask (B, 1 or H, T or 1, S or 1): a view of a tensor, or a `BandMask` evaluated there."""
     if not isinstance(mask, Tensor):

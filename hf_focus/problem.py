@@ -10,7 +10,7 @@ from torch import Tensor
 from .band_mask import BandMask
 from .errors import FocusConfigError, bad_value
 from .iteration import FEEDBACKS, STOPS
-from .masks import is_visible, read_mask
+from .masks import as_additive, read_mask
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -130,10 +130,7 @@ class FocusProblem:
 
     def additive_mask(self, mask: Tensor | BandMask) -> Tensor:
         """A part of the attention mask as what is added to the scores: −inf where a key may not be seen."""
-        mask = read_mask(mask, slice(None), slice(None))
-        visible = is_visible(mask)
-        added = torch.zeros_like(mask, dtype=self.compute_dtype) if mask is visible else mask.to(self.compute_dtype)
-        return added.masked_fill(~visible, float("-inf"))
+        return as_additive(read_mask(mask, slice(None), slice(None)), self.compute_dtype)
 
 
 def changed(problem: FocusProblem | None, **changes: Any) -> FocusProblem:

@@ -57,6 +57,7 @@ STARTS = {"initial_span": (0.5, 0.1), "readout_bias": (0.0, 3.0), "mix_start": (
 # What shows in what the refiner learns
 TEACHES = {
     "reward": ("seed", "loss"),
+    "span_cost": (0.1, 0.9),
     "alpha": (0.1, 0.5),
     "gamma": (0.9, 0.1),
     "epsilon": (0.1, 0.9),
@@ -138,7 +139,7 @@ def test_a_read_out_from_both_learns_from_the_global_output() -> None:
 def test_settings_of_the_refiner_act(name: str) -> None:
     tables = []
     for value in TEACHES[name]:
-        module = branch(**{name: value}).train()
+        module = branch(**{"reward": "mass" if name == "span_cost" else "seed", name: value}).train()
         torch.manual_seed(0)
         run(module).sum().backward()
         tables.append(module.eval().refiner.table)

@@ -11,7 +11,7 @@ import torch
 from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_cli import main, run_group
 from hf_focus.evidence_groups import GROUPS, QUICK, find_groups
-from hf_focus.evidence_plan import ACCURACY, FIRST_TUNING_SEED, STEPS, Group
+from hf_focus.evidence_plan import ACCURACY, FIRST_SEED, FIRST_TUNING_SEED, STEPS, Group
 from hf_focus.evidence_report import counted, report, section, summary
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
 from hf_focus.evidence_statistics import difference, estimate, sign_flip_test
@@ -216,14 +216,14 @@ def test_learning_rates_are_chosen_on_seeds_that_do_not_count(tmp_path: Path) ->
     tuned = group(rates=(1e-3, 3e-3), seeds=1)
     assert run_group(tuned, tmp_path, "cpu") == 0
     records = read_rows(tmp_path / "results" / "k-step.jsonl")
-    assert sorted({record["seed"] for record in records}) == [0, FIRST_TUNING_SEED]
+    assert sorted({record["seed"] for record in records}) == [FIRST_TUNING_SEED, FIRST_SEED]
     for record in records:
-        if record["seed"] >= FIRST_TUNING_SEED:
+        if FIRST_TUNING_SEED <= record["seed"] < FIRST_SEED:
             good = (record["variant"] == "focus") == (record["lr"] == 1e-3)
             record["results"]["train"]["accuracy"] = 0.9 if good else 0.1
     assert tuned.choose_rates(records) == {"focus": 1e-3, "plain": 3e-3}
     shown = counted(tuned, records)
-    assert set(shown["focus"]) <= {0}
+    assert set(shown["focus"]) <= {FIRST_SEED}
 
 
 def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

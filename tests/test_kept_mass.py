@@ -1,0 +1,151 @@
+"""What corrections of a span keep of the attention, and that the refiner shortens spans where nothing is lost."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import DIM, HEADS, KV_HEADS, assert_same_buffers, branch, branch_inputs, buffers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hf_focus import FocusConfig, focus_attention
+from hf_focus.branch import FocusBranch
+from hf_focus.iteration import soft_span_mask
+from hf_focus.kept_mass import MOST_QUERIES, MOST_SCORES, kept_mass, sampled_queries
+from hf_focus.observers import FocusRecord, observe
+
+LENGTH = 12
+
+
+def by_attention(query: Tensor, key: Tensor, spans: Tensor, sharpness: Tensor, rows: slice, **options: Any) -> Tensor:
+    """The slow way: weights are what attention makes of values that are one-hot."""
+    count, offset = key.shape[2], options["query_offset"]
+    one_hot = torch.eye(count, dtype=key.dtype).expand(len(key), key.shape[1], -1, -1)
+    everything = query.new_full(query.shape[:3], float(options["max_span"]))
+    temperature = torch.ones_like(everything)
+    temperature[:, :, rows] = sharpness.reciprocal()
+    weights = focus_attention(
+        query, key, one_hot, everything, temperature=temperature, max_iterations=1, backend="reference", **options
+    ).output[:, :, rows]
+    places = torch.arange(query.shape[2])[rows] + offset
+    kept = []
+    for span in spans.unbind(-1):
+        distance = (places[:, None] - torch.arange(count)).abs()
+        mask = soft_span_mask(distance, span[..., None], options["ramp"], options["max_span"])
+        kept.append((weights * mask).sum(-1))
+    return torch.stack(kept, -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    is_causal=st.booleans(),
+    earlier=st.integers(0, 5),
+    max_span=st.integers(1, 20),
+    masked=st.sampled_from(["no", "bool", "additive"]),
+    biased=st.booleans(),
+    softcap=st.sampled_from([None, 1.5]),
+    shared=st.booleans(),
+)
+def test_it_is_what_attention_keeps(
+    seed: int, is_causal: bool, earlier: int, max_span: int, masked: str, biased: bool, softcap: float | None,
+    shared: bool,
+) -> None:  # fmt: skip
+    noise = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=noise, dtype=torch.float64)
+
+    num_keys, rows = LENGTH + earlier, slice(1, LENGTH, 3)
+    count = len(range(LENGTH)[rows])
+    query, key = rand(2, HEADS, LENGTH, DIM) - 0.5, 4 * rand(2, KV_HEADS, num_keys, DIM)
+    mask = rand(2, 1, LENGTH, num_keys) < 0.8
+    mask |= torch.arange(num_keys) == torch.arange(LENGTH)[:, None] + earlier
+    if masked == "additive":
+        mask = torch.where(mask, rand(*mask.shape), torch.finfo(torch.float64).min)
+    options = {
+        "attention_mask": None if masked == "no" else mask,
+        "position_bias": rand(1, HEADS, LENGTH, num_keys) if biased else None,
+        "is_causal": is_causal,
+        "scaling": 0.7,
+        "softcap": softcap,
+        "query_offset": earlier,
+        "max_span": max_span,
+        "ramp": 3,
+    }
+    spans, sharpness = max_span * rand(2, 1 if shared else HEADS, count, 4), 0.5 + rand(2, HEADS, count)
+    found = kept_mass(query, key, spans, sharpness, rows, **options)
+    torch.testing.assert_close(found, by_attention(query, key, spans, sharpness, rows, **options))
+
+
+@pytest.mark.parametrize(("length", "num_keys"), [(1, 1), (5, 5), (256, 256), (1000, 1000), (8192, 10000), (3, 10**6)])
+def test_few_queries_are_looked_at_and_the_last_is_one_of_them(length: int, num_keys: int) -> None:
+    places = range(length)[sampled_queries(length, num_keys)]
+    assert places[-1] == length - 1
+    assert 1 <= len(places) <= MOST_QUERIES
+    assert len(places) == 1 or len(places) * num_keys <= MOST_SCORES
+    assert len(places) == length or len(places) > min(MOST_QUERIES, MOST_SCORES // num_keys) / 2
+
+
+def seen(module: FocusBranch, *inputs: Tensor) -> FocusRecord:
+    records: list[FocusRecord] = []
+    with observe(lambda _, record: records.append(record)):
+        module(*inputs)
+    return records[0]
+
+
+def looking_back(distance: int, length: int = 32) -> tuple[Tensor, ...]:
+    """Inputs of a branch of 4 heads × 64 in which every query attends to the token `distance` before it alone."""
+    places = 30 * torch.eye(length, 64)
+    query = places.roll(distance, dims=0)
+    return (*(x.expand(1, 4, -1, -1) for x in (query, places, places)), torch.zeros(1, length, 4, 64))
+
+
+@pytest.mark.parametrize(("distance", "least", "most"), [(0, 0, 1), (9, 7, 12)])
+@pytest.mark.parametrize("per_head", [True, False])
+def test_spans_come_to_reach_what_is_attended_to_and_not_much_more(
+    distance: int, least: float, most: float, per_head: bool
+) -> None:
+    config = FocusConfig(max_span=24, ramp=2, reward="mass", initial_span=0.99, per_head_span=per_head)
+    module, inputs = FocusBranch(config, 4, 64, 64), looking_back(distance)
+    before = seen(module.eval(), *inputs).span[..., 9:]
+    for _ in range(60):
+        module.train()(*inputs).sum().backward()
+        module.zero_grad()
+    span = seen(module.eval(), *inputs).span[..., 9:]
+    assert before.min() > 23
+    assert least <= span.min()
+    assert span.max() <= most
+
+
+def test_nothing_is_explored() -> None:
+    """All corrections are compared: none has to be tried."""
+    module = branch(reward="mass", epsilon=1.0)
+    actions = [seen(module.train(mode), *branch_inputs()).action for mode in (True, False)]
+    assert torch.equal(*actions)
+
+
+def test_padding_teaches_nothing() -> None:
+    tables = []
+    for padding in (0.0, 30.0):
+        module, (*local, globe) = branch(reward="mass").train(), branch_inputs()
+        for x in local:
+            x[:, :, :5] = padding
+        globe[:, :5] = padding
+        module(*local, globe, (torch.arange(16) >= 5).expand(2, 1, 16, 16).tril()).sum().backward()
+        tables.append(module.eval().refiner.table)
+    assert torch.equal(*tables)
+    assert not torch.equal(tables[0], branch().refiner.table)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_teaches_it_once(reentrant: bool) -> None:
+    modules = [branch(reward="mass").train() for _ in range(2)]
+    for module, again in zip(modules, (False, True), strict=True):
+        inputs = [x.requires_grad_() for x in branch_inputs()]
+        output = checkpoint(module, *inputs, use_reentrant=reentrant) if again else module(*inputs)
+        output.sum().backward()
+    assert_same_buffers(modules[0].eval(), buffers(modules[1].eval()))
+    assert modules[0].refiner.num_updates == 1
