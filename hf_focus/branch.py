@@ -170,12 +170,21 @@ class FocusBranch(nn.Module):
 
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
         options = {
+            "readout_weights": self._readout_weights(query, global_output),
+            "feedback_matrix": self._feedback_matrix(layer_feedback),
+            "mix": None if self.mix is None else _wide(self.mix).sigmoid(),
+            "gain": None if self.log_gain is None else _wide(self.log_gain).exp(),
+            "attention_mask": attention_mask,
+            "position_bias": position_bias,
             "is_causal": is_causal,
             "scaling": scaling,
             "softcap": softcap,
             "query_offset": query_offset,
             "max_span": max_span,
             "ramp": config.ramp,
+            "max_iterations": config.max_iterations,
+            "feedback": config.feedback,
+            "anchored": config.anchored,
         }
         local = focus_attention(
             query,
@@ -183,22 +192,13 @@ class FocusBranch(nn.Module):
             value,
             span,
             temperature=temperature,
-            readout_weights=self._readout_weights(query, global_output),
-            feedback_matrix=self._feedback_matrix(layer_feedback),
-            mix=None if self.mix is None else _wide(self.mix).sigmoid(),
-            gain=None if self.log_gain is None else _wide(self.log_gain).exp(),
-            attention_mask=attention_mask,
-            position_bias=position_bias,
-            **options,
-            max_iterations=config.max_iterations,
-            feedback=config.feedback,
-            anchored=config.anchored,
             stop=config.stop,
             base_threshold=config.base_threshold,
             threshold_scale=config.threshold_scale,
             coverage_threshold=config.coverage_threshold,
             need_statistics=learns_from_attention or is_observed(),
             backend=config.backend,
+            **options,
         )
         output = local.output
         if learns_from_attention:
@@ -218,13 +218,13 @@ class FocusBranch(nn.Module):
                 valid=learn_from,
             )
         if learning and config.reward == "mass":
-            compared = partial(
-                kept_mass, query, key, attention_mask=attention_mask, position_bias=position_bias, **options
+            attention = partial(kept_mass, query, key, value, **options)
+            output = self.refiner.learn(
+                output,
+                **self._compare_corrections(
+                    attention, predicted, num_visible, state, features, learn_from, num_keys, is_causal
+                ),
             )
-            entries = self._compare_corrections(
-                compared, predicted, temperature, state, features, learn_from, num_keys
-            )
-            output = self.refiner.learn(output, **entries)
         if config.span_penalty and self.training and not torch.compiler.is_compiling():
             note_mean_span(scale, valid, self.predictor.weight.requires_grad)
         if is_observed():
@@ -238,26 +238,30 @@ class FocusBranch(nn.Module):
     @torch.no_grad()
     def _compare_corrections(
         self,
-        compare: Callable[..., Tensor],
+        kept_by: Callable[..., Tensor],
         predicted: Tensor,
-        temperature: Tensor,
+        num_visible: Tensor,
         state: Tensor,
         features: Tensor,
         valid: Tensor,
         num_keys: int,
+        is_causal: bool,
     ) -> dict[str, Tensor]:
         """What some of the queries teach the refiner: the arguments of `Refiner.learn`, (B, H or 1, N, A) each."""
-        rows = sampled_queries(state.shape[2], num_keys)
-        action = torch.arange(self.config.num_actions, device=state.device)
-        scales = predicted[:, :, rows, None] * self.refiner.action_to_span_scale(action)
-        kept = compare(scales * self.config.max_span, temperature[:, :, rows].reciprocal(), rows)
+        config, rows = self.config, sampled_queries(state.shape[2], num_keys)
+        predicted, visible = predicted[:, :, rows], num_visible[..., rows]
+        keys = count_in_span(visible, predicted * config.max_span, is_causal)
+        span, temperature = self.span(predicted, keys)
+        action = torch.arange(config.num_actions, device=state.device)
+        scales = predicted[..., None] * self.refiner.action_to_span_scale(action)
+        kept = kept_by(span, scales * config.max_span, temperature, rows)
         if state.shape[1] == 1:
             kept = kept.mean(dim=1, keepdim=True)
         shape = kept.shape
         return {
             "state": state[:, :, rows, None].expand(shape),
             "action": action.expand(shape),
-            "reward": kept - self.config.span_cost * scales,
+            "reward": kept - config.span_cost * scales,
             "features": features[:, :, rows, None].expand(*shape, -1),
             "valid": valid[:, :, rows, None].expand(shape),
         }

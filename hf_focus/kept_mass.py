@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from .band_mask import BandMask
-from .iteration import soft_span_mask
+from .iteration import FedBack, feed_back, log_weight, soft_span_mask
 from .masks import as_additive, read_mask
 
 # Queries that are looked at, and the most scores of a head: a small part of what the local branch computes
 MOST_QUERIES = 32
-MOST_SCORES = 2**16
+MOST_SCORES = 2**15
 
 
 def sampled_queries(length: int, num_keys: int) -> slice:
@@ -23,47 +23,73 @@ def sampled_queries(length: int, num_keys: int) -> slice:
 def kept_mass(
     query: Tensor,
     key: Tensor,
-    spans: Tensor,
-    sharpness: Tensor,
+    value: Tensor,
+    span: Tensor,
+    shorter: Tensor,
+    temperature: Tensor,
     rows: slice,
-    attention_mask: Tensor | BandMask | None = None,
-    position_bias: Tensor | None = None,
     *,
+    readout_weights: Tensor | None,
+    feedback_matrix: Tensor | None,
+    mix: Tensor | None,
+    gain: Tensor | None,
+    attention_mask: Tensor | BandMask | None,
+    position_bias: Tensor | None,
     is_causal: bool,
     scaling: float,
     softcap: float | None,
     query_offset: int,
     max_span: int,
     ramp: int,
+    max_iterations: int,
+    feedback: str,
+    anchored: bool,
 ) -> Tensor:
-    """Share of the first attention's weights, over all keys within `max_span`, that a span keeps behind its soft edge.
+    """Share of the weights of the local attention at `span` that shorter spans keep behind their soft edge, over all
+    iterations that are read out: iteration t counts as much as t and all that follow it have in the read-out, which
+    need it. No query stops early.
 
     Args:
-        query, key: (B, H, T, D) and (B, Hkv, S, D).
-        spans: the A spans that are compared, in tokens, (B, H or 1, N, A), of the N queries `rows`.
-        sharpness: 1/τ of these queries, (B, H or 1, N).
+        query, key, value: (B, H, T, D), (B, Hkv, S, D) and (B, Hkv, S, Dv).
+        span, temperature: of the N queries `rows`, (B, H or 1, N).
+        shorter: the A spans that are compared, none above `span`, (B, H or 1, N, A).
         rows: the queries that are looked at.
-        attention_mask, position_bias, the rest: as in `focus_attention`; query_offset is an int.
+        the rest: as in `focus_attention`; query_offset is an int.
 
     Returns:
         (B, H, N, A) in [0, 1], float32 at least; NaN for a query that sees no key.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
-    grouped = query[:, :, rows].to(dtype).unflatten(1, (key.shape[1], groups))
-    scores = (grouped @ key[:, :, None].to(dtype).transpose(-1, -2)).flatten(1, 2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores * sharpness[..., None].to(dtype)
+    first = query[:, :, rows].to(dtype)
+    key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
     places = torch.arange(*rows.indices(query.shape[2]), device=key.device)[:, None] + query_offset
     distance = places - torch.arange(key.shape[2], device=key.device)
+
+    def soft_mask(z: Tensor) -> Tensor:
+        weight = soft_span_mask(distance.abs(), z[..., None].to(dtype), ramp, max_span)
+        return weight.masked_fill(distance < 0, 0) if is_causal else weight
+
+    whole = soft_mask(span)
+    bias = log_weight(whole)
     if attention_mask is not None:
-        scores = scores + as_additive(read_mask(attention_mask, rows, slice(None)), dtype)
+        bias = bias + as_additive(read_mask(attention_mask, rows, slice(None)), dtype)
     if position_bias is not None:
-        scores = scores + read_mask(position_bias, rows, slice(None)).to(dtype)
-    hidden = distance.abs() >= max_span
-    weights = scores.masked_fill(hidden | (distance < 0) if is_causal else hidden, float("-inf")).softmax(dim=-1)
-    distance = distance.abs()
+        bias = bias + read_mask(position_bias, rows, slice(None)).to(dtype)
+    if readout_weights is None:
+        needed = first.new_ones(*first.shape[:3], max_iterations)
+    else:
+        needed = readout_weights[:, :, rows].to(dtype).flip(-1).cumsum(-1).flip(-1)
+    state, summed = FedBack(first, None), torch.zeros((), dtype=dtype, device=key.device)
+    for step in range(max_iterations):
+        scores = state.query @ key.transpose(-1, -2) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = (scores / temperature[..., None].to(dtype) + bias).softmax(dim=-1)
+        summed = summed + needed[..., step, None] * weights
+        if step + 1 < max_iterations:
+            state = feed_back(state, first, weights @ value, feedback_matrix, mix, gain, feedback, anchored)
+    # What a shorter span's edge leaves of a weight that this span's edge made
+    summed = summed / needed.sum(-1, keepdim=True) / whole.masked_fill(whole == 0, 1)
     # Span by span: all at once would take A times the memory
-    kept = [(weights * soft_span_mask(distance, z[..., None], ramp, max_span)).sum(-1) for z in spans.unbind(-1)]
-    return torch.stack(kept, dim=-1)
+    return torch.stack([(summed * soft_mask(z)).sum(-1) for z in shorter.unbind(-1)], dim=-1)

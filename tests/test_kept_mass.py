@@ -19,23 +19,30 @@ from hf_focus.observers import FocusRecord, observe
 LENGTH = 12
 
 
-def by_attention(query: Tensor, key: Tensor, spans: Tensor, sharpness: Tensor, rows: slice, **options: Any) -> Tensor:
-    """The slow way: weights are what attention makes of values that are one-hot."""
-    count, offset = key.shape[2], options["query_offset"]
-    one_hot = torch.eye(count, dtype=key.dtype).expand(len(key), key.shape[1], -1, -1)
-    everything = query.new_full(query.shape[:3], float(options["max_span"]))
-    temperature = torch.ones_like(everything)
-    temperature[:, :, rows] = sharpness.reciprocal()
-    weights = focus_attention(
-        query, key, one_hot, everything, temperature=temperature, max_iterations=1, backend="reference", **options
-    ).output[:, :, rows]
-    places = torch.arange(query.shape[2])[rows] + offset
-    kept = []
-    for span in spans.unbind(-1):
-        distance = (places[:, None] - torch.arange(count)).abs()
-        mask = soft_span_mask(distance, span[..., None], options["ramp"], options["max_span"])
-        kept.append((weights * mask).sum(-1))
-    return torch.stack(kept, -1)
+def by_attention(problem: dict[str, Any], span: Tensor, shorter: Tensor, temperature: Tensor, rows: slice) -> Tensor:
+    """The slow way: with one-hot values, the output of an iteration is its weights."""
+    options = {name: x for name, x in problem.items() if name not in ("query", "key", "value")}
+    readout = options.pop("readout_weights")
+    iterations, length, num_keys = options["max_iterations"], problem["query"].shape[2], problem["key"].shape[2]
+    whole, tau = problem["query"].new_ones(2, *problem["query"].shape[:3])
+    whole[:, :, rows], tau[:, :, rows] = span, temperature
+    summed = 0
+    needed = torch.stack([readout[..., step:].sum(-1) for step in range(iterations)], -1)
+    for step in range(iterations):
+        only = torch.zeros_like(readout)
+        only[..., step] = 1
+        output = focus_attention(
+            problem["query"], problem["key"], problem["value"], whole, temperature=tau, readout_weights=only,
+            base_threshold=0.0, threshold_scale=0.0, backend="reference", **options,
+        ).output  # fmt: skip
+        summed = summed + output * needed[..., step, None]
+    weights = (summed / needed.sum(-1, keepdim=True))[:, :, rows]
+    distance = (torch.arange(length)[rows, None] + options["query_offset"] - torch.arange(num_keys)).abs()
+
+    def mask(z: Tensor) -> Tensor:
+        return soft_span_mask(distance, z[..., None], options["ramp"], options["max_span"])
+
+    return torch.stack([(weights * mask(z) / mask(span).clamp_min(1e-9)).sum(-1) for z in shorter.unbind(-1)], -1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,10 +55,12 @@ def by_attention(query: Tensor, key: Tensor, spans: Tensor, sharpness: Tensor, r
     biased=st.booleans(),
     softcap=st.sampled_from([None, 1.5]),
     shared=st.booleans(),
+    feedback=st.sampled_from(["normalized", "additive"]),
+    anchored=st.booleans(),
 )
 def test_it_is_what_attention_keeps(
     seed: int, is_causal: bool, earlier: int, max_span: int, masked: str, biased: bool, softcap: float | None,
-    shared: bool,
+    shared: bool, feedback: str, anchored: bool,
 ) -> None:  # fmt: skip
     noise = torch.Generator().manual_seed(seed)
 
@@ -65,7 +74,14 @@ def test_it_is_what_attention_keeps(
     mask |= torch.arange(num_keys) == torch.arange(LENGTH)[:, None] + earlier
     if masked == "additive":
         mask = torch.where(mask, rand(*mask.shape), torch.finfo(torch.float64).min)
-    options = {
+    problem = {
+        "query": query,
+        "key": key,
+        "value": torch.eye(num_keys, dtype=key.dtype).expand(2, KV_HEADS, -1, -1),
+        "readout_weights": rand(2, HEADS, LENGTH, 3).softmax(-1),
+        "feedback_matrix": rand(HEADS, num_keys, DIM) - 0.5,
+        "mix": rand(HEADS),
+        "gain": 0.5 + rand(HEADS),
         "attention_mask": None if masked == "no" else mask,
         "position_bias": rand(1, HEADS, LENGTH, num_keys) if biased else None,
         "is_causal": is_causal,
@@ -74,10 +90,19 @@ def test_it_is_what_attention_keeps(
         "query_offset": earlier,
         "max_span": max_span,
         "ramp": 3,
+        "max_iterations": 3,
+        "feedback": feedback,
+        "anchored": anchored,
     }
-    spans, sharpness = max_span * rand(2, 1 if shared else HEADS, count, 4), 0.5 + rand(2, HEADS, count)
-    found = kept_mass(query, key, spans, sharpness, rows, **options)
-    torch.testing.assert_close(found, by_attention(query, key, spans, sharpness, rows, **options))
+    heads = 1 if shared else HEADS
+    span, temperature = max_span * rand(2, heads, count), 0.5 + rand(2, HEADS, count)
+    shorter = span[..., None] * rand(2, heads, count, 4)
+    found = kept_mass(**problem, span=span, shorter=shorter, temperature=temperature, rows=rows)
+    torch.testing.assert_close(found, by_attention(problem, span, shorter, temperature, rows))
+    assert found.min() >= 0
+    assert found.max() <= 1 + 1e-9
+    nothing = kept_mass(**problem, span=span, shorter=span[..., None], temperature=temperature, rows=rows)
+    torch.testing.assert_close(nothing, torch.ones_like(nothing))
 
 
 @pytest.mark.parametrize(("length", "num_keys"), [(1, 1), (5, 5), (256, 256), (1000, 1000), (8192, 10000), (3, 10**6)])
