@@ -134,11 +134,12 @@ class FocusConfig:
         base_threshold: a query stops when its change δ < base_threshold + threshold_scale·δ.
         threshold_scale: see `base_threshold`.
         refiner: whether the Q-table corrects the predicted span.
-        reward: what the refiner learns from: `"seed"` (coverage − `entropy_weight`·entropy of the local attention
-            weights), `"mass"` (the share of a query's attention within `max_span` that the corrected span keeps −
-            `span_cost`·span, as a share of `max_span`: it makes spans as short as they can be without losing what is
-            attended to), or `"loss"` (by how much, to first order, the correction lowered the loss of the model).
-        span_cost: with `reward="mass"`: attention that the refiner gives up for a span shorter by `max_span`.
+        reward: what the refiner learns from: `"mass"` (the share of the local attention that the corrected span keeps,
+            − `span_cost`·span as a share of `max_span`: spans become as short as they can without losing what is
+            attended to), `"seed"` (coverage − `entropy_weight`·entropy of the local attention weights), or `"loss"`
+            (by how much, to first order, the correction lowered the loss of the model).
+        span_cost: with `reward="mass"`: share of the attention that the refiner gives up for a span shorter by
+            `max_span`.
         num_actions: corrections the refiner chooses from: factors 0, 1/(A−1), …, 1.
         alpha: learning rate of the Q-table.
         gamma: discount of the Q-table, with the seed's reward; with the others a correction has its whole effect at
@@ -183,8 +184,8 @@ class FocusConfig:
     base_threshold: float = 1e-4
     threshold_scale: float = 0.1
     refiner: bool = True
-    reward: str = "seed"
-    span_cost: float = 0.1
+    reward: str = "mass"
+    span_cost: float = 0.01
     num_actions: int = 10
     alpha: float = 0.1
     gamma: float = 0.9

@@ -10,14 +10,14 @@ from .errors import FocusConfigError, bad_value
 from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, STEPS, Group, Measure, accuracy_on
 from .evidence_tasks import find_task
 
-DEPTHS = ("focus", "plain", "plain +1", "plain +2")
+DEPTHS = ("focus", "plain", "plain, 4 rounds", "plain +1", "plain +2")
 BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 # Where two sides are seen, or one number a key: what the local branch's parts add
 PARTS = ("focus", "plain", "hybrid", "log-n", "no refiner", "static span")
 SCREENED = (
-    "focus", "no refiner", "refiner of the loss", "fixed span", "static span", "long span",
+    "focus", "no refiner", "refiner of the seed", "refiner of the loss", "fixed span", "static span", "long span",
     "1 iteration", "2 iterations", "10 iterations", "last", "through features", "additive", "of the seed",
-    "not anchored", "full start", "even start", "read-out from both", "local start 0", "bias 2", "no stop",
+    "anchored", "full start", "even start", "read-out from both", "local start 0", "bias 2", "no stop",
     "relative stop", "seed temperature", "fixed temperature", "focus rate 3", "hybrid",
 )  # fmt: skip
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)

@@ -53,7 +53,6 @@ _FIXED = ("focus.predictor.weight", "focus.predictor.bias")
 # FocusA in a model that is trained from scratch, and has no function to keep
 FROM_SCRATCH = {
     "feedback_through": "layer",
-    "anchored": True,
     "mix_start": 0.9,
     "gain_start": 0.5,
     "local_start": 1.0,
@@ -84,6 +83,7 @@ VARIANTS: dict[str, Variant] = {
     "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
     "hybrid, patched": Variant("sliding window + full, no iteration, no refiner", _ONE_PASS),
     "no refiner, patched": Variant("no refiner", {"refiner": False}),
+    "refiner of the seed, patched": Variant("refiner with the seed's reward", {"reward": "seed"}),
     # Ablations
     "1 iteration": _focus("1 iteration", max_iterations=1),
     "2 iterations": _focus("2 iterations", max_iterations=2),
@@ -92,21 +92,19 @@ VARIANTS: dict[str, Variant] = {
     "through features": _focus("feedback through the features alone", feedback_through="features"),
     "additive": _focus("additive feedback", feedback="additive"),
     "of the seed": _focus(
-        "additive feedback through the features, read-out last (the seed)",
-        feedback="additive", feedback_through="features", readout="last",
+        "additive feedback through the features, read-out last and the seed's reward (the seed)",
+        feedback="additive", feedback_through="features", readout="last", reward="seed",
     ),
     "last": _focus("read-out last", readout="last"),
     "no refiner": _focus("no refiner", refiner=False),
-    "refiner of the seed": _focus(
-        "refiner with the seed's reward and exploration", refiner=True, reward="seed", epsilon=0.1
-    ),
-    "refiner of the loss": _focus("refiner that learns from the loss", refiner=True, reward="loss", epsilon=0.01),
+    "refiner of the seed": _focus("refiner with the seed's reward", reward="seed"),
+    "refiner of the loss": _focus("refiner that learns from the loss", reward="loss", epsilon=0.01),
     "static span": _focus("no predictor: static learned span a head", refiner=False, frozen=_STATIC),
     "fixed span": _focus("no predictor: fixed longest span", refiner=False, initial_span=0.99, frozen=_FIXED),
     "seed temperature": _focus("temperature of the seed", temperature="seed"),
     "fixed temperature": _focus("temperature fixed at 1", temperature="seed", temp_scale=0.0),
     # What may make it reliable
-    "not anchored": _focus("queries mixed with the last one, not the first", anchored=False),
+    "anchored": _focus("queries mixed with the first one, not the last", anchored=True),
     "bias 2": _focus("mixture starts on the first iterate", readout_bias=2.0),
     "relative stop": _focus("relative stop rule", stop="relative"),
     "no stop": _focus("never stops early", base_threshold=0.0, threshold_scale=0.0),

@@ -88,6 +88,7 @@ class FocusA(nn.Module):
         "feedback": "additive",
         "readout": "last",
         "combine": "projection",
+        "reward": "seed",
         "max_iterations": 10,
         "sink_tokens": 0,
     }

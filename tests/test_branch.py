@@ -57,7 +57,7 @@ STARTS = {"initial_span": (0.5, 0.1), "readout_bias": (0.0, 3.0), "mix_start": (
 # What shows in what the refiner learns
 TEACHES = {
     "reward": ("seed", "loss"),
-    "span_cost": (0.1, 0.9),
+    "span_cost": (0.01, 0.9),
     "alpha": (0.1, 0.5),
     "gamma": (0.9, 0.1),
     "epsilon": (0.1, 0.9),
@@ -405,7 +405,15 @@ def test_predictor_learns_how_far_to_look(wanted: str) -> None:
 
 def test_refiner_learns() -> None:
     """Where a diffuse attention costs much, it comes to shorten the spans that the predictor gives."""
-    settings = {"ramp": 1, "num_actions": 3, "entropy_weight": 1.0, "gamma": 0.0, "alpha": 0.5, "epsilon": 0.5}
+    settings = {
+        "reward": "seed",
+        "ramp": 1,
+        "num_actions": 3,
+        "entropy_weight": 1.0,
+        "gamma": 0.0,
+        "alpha": 0.5,
+        "epsilon": 0.5,
+    }
     module = branch(**settings)
     module.refiner.table.zero_()
     module.predictor.reset_parameters()
@@ -431,7 +439,7 @@ def test_refiner_learns() -> None:
 
 @pytest.mark.parametrize("per_head", [True, False])
 def test_refiner_is_told_what_happened(per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, step = branch(num_actions=3, per_head_span=per_head).train(), {}
+    module, step = branch(reward="seed", num_actions=3, per_head_span=per_head).train(), {}
     monkeypatch.setattr(module.refiner, "learn", lambda output, **entries: step.update(entries) or output)
     record = observed(module, lambda: run(module))
     predicted, log_keys = step["features"][..., 0], step["features"][..., 1]

@@ -159,7 +159,7 @@ def test_finished_rows_are_skipped_and_half_lines_dropped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 1}, {"lr": 1e-3}, {"variant": "not anchored"}, {"variant": "plain"}, {"settings": {"steps": 1}}],
+    [{"seed": 1}, {"lr": 1e-3}, {"variant": "anchored"}, {"variant": "plain"}, {"settings": {"steps": 1}}],
 )
 def test_another_row_is_not_done(changes: dict[str, object]) -> None:
     assert is_done(TINY, [TINY.key])
@@ -173,9 +173,9 @@ def test_a_setting_that_came_later_does_not_undo_a_row() -> None:
     assert is_done(TINY, [older])
     assert not is_done(replace(TINY, settings={**TINY.settings, "queries": 1}), [older])
     # What it had was the default, and not what a variant asks for now
-    del older["focus"]["anchored"]
+    del older["focus"]["mix_start"]
     assert not is_done(TINY, [older])
-    assert is_done(replace(TINY, variant="not anchored"), [older])
+    assert is_done(replace(TINY, variant="even start"), [older])
 
 
 def test_append_drops_what_a_killed_run_left(tmp_path: Path) -> None:
