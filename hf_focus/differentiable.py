@@ -23,6 +23,7 @@ _SETTINGS = {
     "max_iterations": "int",
     "feedback": "str",
     "anchored": "bool",
+    "feedback_gradient": "float",
     "stop": "str",
     "base_threshold": "float",
     "threshold_scale": "float",
