@@ -48,7 +48,6 @@ def focus_attention(
     max_iterations: int = 4,
     feedback: str = "normalized",
     anchored: bool = False,
-    feedback_gradient: float = 1.0,
     stop: str = "absolute",
     base_threshold: float = 1e-4,
     threshold_scale: float = 0.1,
@@ -80,8 +79,8 @@ def focus_attention(
             caches), which is never read on the host. None: S − T if causal, else 0.
         max_span: no key at this distance or further is seen.
         ramp: width in tokens of the soft edge of the span.
-        max_iterations, feedback, anchored, feedback_gradient, stop, base_threshold, threshold_scale,
-            coverage_threshold: see `FocusConfig`.
+        max_iterations, feedback, anchored, stop, base_threshold, threshold_scale, coverage_threshold: see
+            `FocusConfig`.
         need_statistics: whether entropy and coverage are computed.
         backend: a name in `backends.BACKENDS`, or `"auto"`: the fastest that can solve this.
 
@@ -119,7 +118,6 @@ def focus_attention(
         max_iterations=max_iterations,
         feedback=feedback,
         anchored=anchored,
-        feedback_gradient=feedback_gradient,
         stop=stop,
         base_threshold=base_threshold,
         threshold_scale=threshold_scale,

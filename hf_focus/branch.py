@@ -192,7 +192,6 @@ class FocusBranch(nn.Module):
             value,
             span,
             temperature=temperature,
-            feedback_gradient=config.feedback_gradient,
             stop=config.stop,
             base_threshold=config.base_threshold,
             threshold_scale=config.threshold_scale,

@@ -38,8 +38,6 @@ def differentiate_cell(c: CellTensors, trace: Trace, grad: Tensor, sums: dict[st
         grad_rows = attention(step, grad_output)
         if step > 0:
             grad_previous = feedback(grad_rows, step - 1)
-            if p.feedback_gradient != 1:
-                grad_previous = grad_previous * p.feedback_gradient
             carried = grad_previous if carried is None else carried.add_(grad_previous)
     feedback.finish(grad_rows)
     attention.finish()

@@ -55,7 +55,6 @@ _RULES = {
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
     "feedback_through": choice("features", "layer"),
-    "feedback_gradient": _FRACTION,
     "anchored": BOOL,
     "mix_start": BETWEEN_ZERO_AND_ONE,
     "gain_start": number("a number above 0", lambda value: value > 0),
@@ -117,9 +116,6 @@ class FocusConfig:
             on the way). Either way a difference to it is learned; with `"layer"` F moves with the projections, and
             `fold_feedback(model)` makes it a fixed matrix: decode after that, since W_O·W_Q costs each call more than
             a token does. Needs separate projections on the attention module.
-        feedback_gradient: share of the gradient that goes back from a next query into the output that was fed into it.
-            1 is the exact gradient. Over several sharp attentions it can grow a thousandfold for a few queries; below
-            1 it shrinks as it goes back (the truncated backpropagation through time of recurrent models, softened).
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
@@ -176,7 +172,6 @@ class FocusConfig:
     temp_scale: float = 0.01
     feedback: str = "normalized"
     feedback_through: str = "features"
-    feedback_gradient: float = 1.0
     anchored: bool = False
     mix_start: float = 0.5
     gain_start: float = 1.0

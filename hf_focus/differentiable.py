@@ -23,7 +23,6 @@ _SETTINGS = {
     "max_iterations": "int",
     "feedback": "str",
     "anchored": "bool",
-    "feedback_gradient": "float",
     "stop": "str",
     "base_threshold": "float",
     "threshold_scale": "float",

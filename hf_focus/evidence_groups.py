@@ -17,8 +17,8 @@ PARTS = ("focus", "plain", "hybrid", "log-n", "no refiner", "static span")
 SCREENED = (
     "focus", "no refiner", "refiner of the seed", "refiner of the loss", "fixed span", "static span", "long span",
     "1 iteration", "2 iterations", "10 iterations", "last", "through features", "additive", "of the seed",
-    "exact gradient", "anchored", "full start", "even start", "read-out from both", "local start 0", "bias 2",
-    "no stop", "relative stop", "seed temperature", "fixed temperature", "focus rate 3", "hybrid",
+    "anchored", "full start", "even start", "read-out from both", "local start 0", "bias 2", "no stop",
+    "relative stop", "seed temperature", "fixed temperature", "focus rate 3", "hybrid",
 )  # fmt: skip
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
 LONG_BITS = Measure(

@@ -53,7 +53,6 @@ _FIXED = ("focus.predictor.weight", "focus.predictor.bias")
 # FocusA in a model that is trained from scratch, and has no function to keep
 FROM_SCRATCH = {
     "feedback_through": "layer",
-    "feedback_gradient": 0.3,
     "mix_start": 0.9,
     "gain_start": 0.5,
     "local_start": 1.0,
@@ -113,7 +112,6 @@ VARIANTS: dict[str, Variant] = {
     "read-out from both": _focus("read-out from query and global output", readout_from="both"),
     "local start 0": _focus("local output silent at the start", local_start=0.0),
     "full start": _focus("next queries start at the full size", gain_start=1.0),
-    "exact gradient": _focus("the whole gradient back through the feedback", feedback_gradient=1.0),
     "even start": _focus("next queries start half as what is fed back, half as the query", mix_start=0.5),
     "long span": _focus("spans start at the longest", initial_span=0.99),
 }  # fmt: skip

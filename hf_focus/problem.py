@@ -60,7 +60,6 @@ class FocusProblem:
     max_iterations: int
     feedback: str
     anchored: bool
-    feedback_gradient: float
     stop: str
     base_threshold: float
     threshold_scale: float

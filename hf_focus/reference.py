@@ -51,11 +51,7 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
         outputs.append(output)
         change, size = (output - previous).abs().mean(dim=-1), output.abs().mean(dim=-1)
         stopped = has_converged(change, size, p.stop, p.base_threshold, p.threshold_scale)
-        fed = output
-        if p.feedback_gradient != 1:
-            # The same numbers, through which only a part of the gradient passes
-            fed = output.detach() + p.feedback_gradient * (output - output.detach())
-        state = feed_back(state, p.query, fed, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
+        state = feed_back(state, p.query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored)
         previous = output
         running = running & ~stopped
 

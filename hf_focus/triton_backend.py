@@ -246,7 +246,6 @@ def backward_arguments(
     floats = p.max_iterations * config.block_q * (arguments["BLOCK_D"] + arguments["BLOCK_DV"] + 2)
     arguments |= {
         "iterations": iterations,
-        "feedback_gradient": float(p.feedback_gradient),
         "grad": grad,
         "grad_strides": grad.stride(),
         "d_query": empty("query", batch, heads, length, dim, dtype=p.query.dtype),

@@ -111,7 +111,7 @@ def backward_kernel(
     query_strides, key_strides, value_strides, span_strides, sharpness_strides, readout_strides, matrix_strides,
     mask_strides, bias_strides, grad_strides, d_bias_strides,
     heads, groups, length, num_keys, offset, max_iterations, blocks, work,
-    scale, softcap, feedback_gradient,
+    scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr,
     NORMALIZED: tl.constexpr, ANCHORED: tl.constexpr, ADDITIVE_MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -323,7 +323,6 @@ def backward_kernel(
                         tl.atomic_add(d_matrix + places, d_tile, mask=exists, sem="relaxed")
                 else:
                     d_attended = tl.where((columns < D)[None, :], d_fed, 0.0)
-                d_attended *= feedback_gradient
             step -= 1
 
         if d_query is not None:

@@ -106,7 +106,6 @@ def cases(draw: st.DrawFn, longest: int, widest: int) -> Case:
         "is_causal": draw(st.booleans()),
         "feedback": draw(st.sampled_from(["normalized", "additive"])),
         "anchored": draw(st.booleans()),
-        "feedback_gradient": draw(st.sampled_from([1.0, 0.3, 0.0])),
         "stop": draw(st.sampled_from(["absolute", "relative"])),
         "base_threshold": draw(st.sampled_from([0.0, 1e-4, 0.05, 0.2, 1.0])),
         "threshold_scale": draw(st.sampled_from([0.0, 0.1, 0.7])),

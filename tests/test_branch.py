@@ -74,7 +74,6 @@ ELSEWHERE = {
     "layers": "test_architectures.py",
     "modules": "test_patching.py",
     "local_start": "test_local_start",
-    "feedback_gradient": "test_feedback_gradient",
     "global_attn_implementation": "test_architectures.py",
 }
 
@@ -127,22 +126,6 @@ def test_local_start(combine: str) -> None:
     inputs = (query, key, key, query.transpose(1, 2))
     assert torch.equal(silent(*inputs), inputs[3])
     torch.testing.assert_close(loud(*inputs), inputs[3] + 0.5 * loud.attend(*inputs).transpose(1, 2))
-
-
-def test_feedback_gradient() -> None:
-    """Nothing changes but what goes back through the feedback, down to nothing."""
-    results, gradients = [], []
-    for share in (1.0, 0.3, 0.0):
-        module = branch(feedback_gradient=share, max_iterations=2, readout="last", refiner=False).train()
-        inputs = [x.requires_grad_() for x in branch_inputs()]
-        results.append(module.attend(*inputs))
-        gradients.append(torch.autograd.grad(results[-1].square().sum(), [*inputs[:3], module.feedback_matrix]))
-    for result, gradient in zip(results[1:], gradients[1:], strict=True):
-        assert torch.equal(result, results[0])
-        torch.testing.assert_close(gradient[3], gradients[0][3])
-        assert_acts(gradient[2], gradients[0][2])
-    for whole, part, nothing in zip(*gradients, strict=True):
-        torch.testing.assert_close(part, nothing + 0.3 * (whole - nothing))
 
 
 def test_a_read_out_from_both_learns_from_the_global_output() -> None:

@@ -89,7 +89,6 @@ def problem(seed: int = 0, **changes: Any) -> FocusProblem:
         "max_iterations": iterations,
         "feedback": "normalized",
         "anchored": False,
-        "feedback_gradient": 1.0,
         "stop": "absolute",
         # Some queries stop before the others
         "base_threshold": 0.05,

@@ -72,7 +72,6 @@ def problem(length: int, dim: int, span: int, dtype: torch.dtype = torch.bfloat1
         "max_iterations": 4,
         "feedback": "normalized",
         "anchored": False,
-        "feedback_gradient": 1.0,
         "stop": "absolute",
         "base_threshold": 1e-4,
         "threshold_scale": 0.1,
