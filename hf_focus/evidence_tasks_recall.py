@@ -7,7 +7,7 @@ from .evidence_types import IGNORED, Batch, Task
 
 
 def associative_recall(
-    size: int, generator: Generator, *, length: int = 64, pairs: int = 4, vocabulary: int = 256, power: float = 0.01
+    size: int, generator: Generator, *, length: int = 64, pairs: int = 8, vocabulary: int = 64, power: float = 0.01
 ) -> Batch:
     """Multi-query associative recall (Zoology, 2312.04927): keys and values first, then every key once more.
 
@@ -102,8 +102,8 @@ TASKS = [
         make=associative_recall,
         vocabulary=lambda vocabulary, **_: vocabulary,
         length=lambda length, **_: length,
-        settings={"length": 64, "pairs": 4, "vocabulary": 256, "power": 0.01},
-        tests={**_longer(64), "8 pairs": {"pairs": 8}, "16 pairs": {"pairs": 16}},
+        settings={"length": 64, "pairs": 8, "vocabulary": 64, "power": 0.01},
+        tests={**_longer(64), "4 pairs": {"pairs": 4}, "16 pairs": {"pairs": 16}},
         focus=lambda **_: {"max_span": 64, "ramp": 16},
     ),
     Task(

@@ -56,6 +56,7 @@ FROM_SCRATCH = {
     "mix_start": 0.9,
     "gain_start": 0.5,
     "local_start": 1.0,
+    "refiner": False,
 }
 _ONE_PASS = {"max_iterations": 1, "refiner": False}
 
@@ -93,14 +94,16 @@ VARIANTS: dict[str, Variant] = {
     "additive": _focus("additive feedback", feedback="additive"),
     "of the seed": _focus(
         "additive feedback through the features, read-out last and the seed's reward (the seed)",
-        feedback="additive", feedback_through="features", readout="last", reward="seed",
+        feedback="additive", feedback_through="features", readout="last", refiner=True, reward="seed",
     ),
     "last": _focus("read-out last", readout="last"),
-    "no refiner": _focus("no refiner", refiner=False),
-    "refiner of the seed": _focus("refiner with the seed's reward", reward="seed"),
-    "refiner of the loss": _focus("refiner that learns from the loss", reward="loss", epsilon=0.01),
-    "static span": _focus("no predictor: static learned span a head", refiner=False, frozen=_STATIC),
-    "fixed span": _focus("no predictor: fixed longest span", refiner=False, initial_span=0.99, frozen=_FIXED),
+    "refiner": _focus("refiner that learns what its corrections keep", refiner=True),
+    "refiner of the seed": _focus("refiner with the seed's reward", refiner=True, reward="seed"),
+    "refiner of the loss": _focus(
+        "refiner that learns from the loss", refiner=True, reward="loss", epsilon=0.01
+    ),
+    "static span": _focus("no predictor: static learned span a head", frozen=_STATIC),
+    "fixed span": _focus("no predictor: fixed longest span", initial_span=0.99, frozen=_FIXED),
     "seed temperature": _focus("temperature of the seed", temperature="seed"),
     "fixed temperature": _focus("temperature fixed at 1", temperature="seed", temp_scale=0.0),
     # What may make it reliable
