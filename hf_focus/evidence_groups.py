@@ -128,8 +128,9 @@ GROUPS: dict[str, Group] = {
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, rates=(1e-3,),
-               variants=("focus, patched", "plain", "hybrid, patched", "no refiner, patched", "refiner of the seed, patched",
-                         "focus through the layer, patched"), pretrain=1000, steps=1000),
+               variants=("focus, patched", "plain", "hybrid, patched", "no refiner, patched",
+                         "refiner of the seed, patched", "focus through the layer, patched"),
+               pretrain=1000, steps=1000),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}
