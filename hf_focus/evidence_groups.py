@@ -122,15 +122,15 @@ GROUPS: dict[str, Group] = {
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
                variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=400, examples=32),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
-               sizes=TEXT_SIZES, batch=16, variants=(*BASELINES, *PARTS[4:])),
+               sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
-               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, variants=("focus", "plain", "hybrid"),
+               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=800, variants=("focus", "plain", "hybrid"),
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
-               " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=16, rates=(1e-3,),
+               " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
                variants=("focus, patched", "plain", "hybrid, patched", "no refiner, patched",
                          "refiner of the seed, patched", "focus through the layer, patched"),
-               pretrain=1000, steps=1000),
+               pretrain=400, steps=400),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}
