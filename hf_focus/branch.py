@@ -219,10 +219,12 @@ class FocusBranch(nn.Module):
             )
         if learning and config.reward == "mass":
             attention = partial(kept_mass, query, key, value, **options)
-            output = self.refiner.learn(
+            rows = sampled_queries(length, num_keys)
+            output = self.refiner.learn_where_it_matters(
                 output,
+                rows,
                 **self._compare_corrections(
-                    attention, predicted, num_visible, state, features, learn_from, num_keys, is_causal
+                    attention, rows, predicted, num_visible, state, features, learn_from, is_causal
                 ),
             )
         if config.span_penalty and self.training and not torch.compiler.is_compiling():
@@ -239,16 +241,16 @@ class FocusBranch(nn.Module):
     def _compare_corrections(
         self,
         kept_by: Callable[..., Tensor],
+        rows: slice,
         predicted: Tensor,
         num_visible: Tensor,
         state: Tensor,
         features: Tensor,
         valid: Tensor,
-        num_keys: int,
         is_causal: bool,
     ) -> dict[str, Tensor]:
-        """What some of the queries teach the refiner: the arguments of `Refiner.learn`, (B, H or 1, N, A) each."""
-        config, rows = self.config, sampled_queries(state.shape[2], num_keys)
+        """What some of the queries teach the refiner: the arguments of `Refiner.update`, (B, H or 1, N, A) each."""
+        config = self.config
         predicted, visible = predicted[:, :, rows], num_visible[..., rows]
         keys = count_in_span(visible, predicted * config.max_span, is_causal)
         span, temperature = self.span(predicted, keys)

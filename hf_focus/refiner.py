@@ -128,7 +128,7 @@ class Refiner(nn.Module):
         sums = self.pending if over is None else torch.where(over, self.pending, 0)
         errors, counts = sums[: 2 * self.table.numel()].view(2, *self.table.shape)
         total, squares = sums[-2 * NUM_FEATURES - 1 : -1].view(2, NUM_FEATURES)
-        self.table.add_(self.alpha * errors / counts.clamp_min(1))
+        self.table.add_(self.alpha * errors / torch.where(counts > 0, counts, 1))
         self._update_statistics(total, squares, sums[-1])
         # A step that saw nothing but padding is none
         self.num_updates.add_(counts.sum() > 0)
@@ -151,7 +151,7 @@ class Refiner(nn.Module):
             state, action, next_state: (...) int64. Without `next_state`, nothing follows: the error is r − Q[s, a].
             reward: (...).
             features: (..., 4) that the states were made from; moves the running statistics. None leaves them.
-            valid: (...) bool: entries to learn from; None: all.
+            valid: (...) bool: entries to learn from; None: all. Or their weights in the mean, >= 0.
         """
         self._collect(self._sum(state, action, reward, next_state, features, valid))
         self.finish_step()
@@ -180,9 +180,10 @@ class Refiner(nn.Module):
         sums[:size].index_add_(0, pair, error.flatten())
         sums[size : 2 * size].index_add_(0, pair, weight.flatten())
         if features is not None:
-            rows = torch.where(weight[..., None] > 0, features.float(), 0).reshape(-1, NUM_FEATURES)
+            seen = weight > 0
+            rows = torch.where(seen[..., None], features.float(), 0).reshape(-1, NUM_FEATURES)
             sums[2 * size : -1] = torch.cat([rows.sum(0), rows.square().sum(0)])
-            sums[-1] = weight.sum()
+            sums[-1] = seen.sum()
         return sums
 
     def _collect(self, sums: Tensor) -> None:
@@ -207,6 +208,19 @@ class Refiner(nn.Module):
         with torch.no_grad():
             sums = self._sum(**entries)
         return _CollectOnBackward.apply(output, sums, self)
+
+    def learn_where_it_matters(self, output: Tensor, rows: slice, valid: Tensor, **entries: Tensor) -> Tensor:
+        """`output` (B, H, T, Dv) unchanged; its backward pass adds to `pending` what `entries`, the arguments of
+        `update`, teach, each query weighted by the size of the gradient of its output: a query that the loss does not
+        depend on teaches nothing.
+
+        Args:
+            rows: the N queries that the entries (B, H or 1, N, A) are of.
+            valid: as in `update`.
+        """
+        if not self.training or not torch.is_grad_enabled() or not output.requires_grad:
+            return output
+        return _WeighOnBackward.apply(output, rows, self, valid, list(entries), *entries.values())
 
     def learn_from_loss(
         self, scale: Tensor, predicted: Tensor, state: Tensor, action: Tensor, features: Tensor, valid: Tensor
@@ -249,6 +263,30 @@ class _CollectOnBackward(torch.autograd.Function):
         with torch.no_grad():
             ctx.refiner._collect(*ctx.saved_tensors)
         return grad, None, None
+
+
+class _WeighOnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, rows: slice, refiner: Refiner, valid: Tensor, names: list[str], *entries: Tensor
+    ) -> Tensor:
+        ctx.rows, ctx.refiner, ctx.names = rows, refiner, names
+        ctx.save_for_backward(valid, *entries)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        valid, *entries = ctx.saved_tensors
+        with torch.no_grad():
+            size = grad[:, :, ctx.rows].float().norm(dim=-1).nan_to_num(0, 0, 0)
+            if valid.shape[1] == 1:
+                size = size.mean(dim=1, keepdim=True)
+            weight = size[..., None] * valid
+            # Its unit is that of the loss scale: only shares count
+            weight = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny) * valid.sum()
+            sums = ctx.refiner._sum(**dict(zip(ctx.names, entries, strict=True)), valid=weight)
+            ctx.refiner._collect(sums)
+        return (grad, *(None for _ in range(4 + len(entries))))
 
 
 class _RewardOnBackward(torch.autograd.Function):

@@ -133,7 +133,9 @@ def looking_back(distance: int, length: int = 32) -> tuple[Tensor, ...]:
 def test_spans_come_to_reach_what_is_attended_to_and_not_much_more(
     distance: int, least: float, most: float, per_head: bool
 ) -> None:
-    config = FocusConfig(max_span=24, ramp=2, reward="mass", initial_span=0.99, per_head_span=per_head)
+    config = FocusConfig(
+        max_span=24, ramp=2, reward="mass", initial_span=0.99, per_head_span=per_head, local_start=1.0
+    )
     module, inputs = FocusBranch(config, 4, 64, 64), looking_back(distance)
     before = seen(module.eval(), *inputs).span[..., 9:]
     for _ in range(60):
@@ -163,6 +165,24 @@ def test_padding_teaches_nothing() -> None:
         tables.append(module.eval().refiner.table)
     assert torch.equal(*tables)
     assert not torch.equal(tables[0], branch().refiner.table)
+
+
+def test_a_query_that_the_loss_does_not_need_teaches_nothing() -> None:
+    tables = []
+    for other in (0.0, 3.0):
+        module, (query, *others) = branch(reward="mass").train(), branch_inputs()
+        query[:, :, :8] += other
+        module(query, *others)[:, 8:].square().sum().backward()
+        tables.append(module.eval().refiner.table)
+    assert torch.equal(*tables)
+    assert not torch.equal(tables[0], branch().refiner.table)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_without_a_gradient_nothing_is_learned(bad: float) -> None:
+    module = branch(reward="mass").train()
+    (module(*branch_inputs()) * bad).sum().backward()
+    assert torch.equal(module.eval().refiner.table, branch().refiner.table)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
