@@ -60,9 +60,7 @@ def kept_mass(
         (B, H, N, A) in [0, 1], float32 at least; NaN for a query that sees no key.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    groups = query.shape[1] // key.shape[1]
-    first = query[:, :, rows].to(dtype)
-    key, value = (x.to(dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+    first, key, value = query[:, :, rows].to(dtype), key.to(dtype), value.to(dtype)
     places = torch.arange(*rows.indices(query.shape[2]), device=key.device)[:, None] + query_offset
     distance = places - torch.arange(key.shape[2], device=key.device)
 
@@ -82,14 +80,20 @@ def kept_mass(
         needed = readout_weights[:, :, rows].to(dtype).flip(-1).cumsum(-1).flip(-1)
     state, summed = FedBack(first, None), torch.zeros((), dtype=dtype, device=key.device)
     for step in range(max_iterations):
-        scores = state.query @ key.transpose(-1, -2) * scaling
+        scores = _by_group(state.query, key.transpose(-1, -2)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         weights = (scores / temperature[..., None].to(dtype) + bias).softmax(dim=-1)
         summed = summed + needed[..., step, None] * weights
         if step + 1 < max_iterations:
-            state = feed_back(state, first, weights @ value, feedback_matrix, mix, gain, feedback, anchored)
+            state = feed_back(state, first, _by_group(weights, value), feedback_matrix, mix, gain, feedback, anchored)
     # What a shorter span's edge leaves of a weight that this span's edge made
     summed = summed / needed.sum(-1, keepdim=True) / whole.masked_fill(whole == 0, 1)
     # Span by span: all at once would take A times the memory
     return torch.stack([(summed * soft_mask(z)).sum(-1) for z in shorter.unbind(-1)], dim=-1)
+
+
+def _by_group(x: Tensor, of_group: Tensor) -> Tensor:
+    """(B, H, N, K) @ (B, Hkv, K, L) -> (B, H, N, L): heads of a group share a matrix, which is not repeated."""
+    kv_heads, count = of_group.shape[1], x.shape[2]
+    return (x.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ of_group).unflatten(2, (-1, count)).flatten(1, 2)
