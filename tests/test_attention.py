@@ -282,7 +282,7 @@ def assume_decided(arguments: dict[str, Any], result: FocusOutput) -> None:
 
 
 @given(cases(longest=6, widest=5))
-@examples(400)
+@examples(250)
 def test_reference_is_the_equations(case: Case) -> None:
     arguments = case.arguments()
     expected, margin = brute_force(arguments)
@@ -291,7 +291,7 @@ def test_reference_is_the_equations(case: Case) -> None:
 
 
 @given(cases(longest=40, widest=24), st.sampled_from([1, 3, 7, 16, 64]))
-@examples(300)
+@examples(200)
 def test_blocked_is_the_reference(case: Case, size: int) -> None:
     arguments = case.arguments()
     expected = solve(arguments, "reference")

@@ -45,7 +45,7 @@ def by_attention(problem: dict[str, Any], span: Tensor, shorter: Tensor, tempera
     return torch.stack([(weights * mask(z) / mask(span).clamp_min(1e-9)).sum(-1) for z in shorter.unbind(-1)], -1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 1000),
     is_causal=st.booleans(),
