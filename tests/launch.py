@@ -44,6 +44,8 @@ def prepare(folder: Path, **settings: Any) -> None:
         "max_span": 8,
         "ramp": 3,
         "max_iterations": 2,
+        # It draws random numbers, which have to be the same again
+        "reward": "seed",
         "cpu": True,
         "progress_bar": False,
         "cache_dir": "cache",

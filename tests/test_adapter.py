@@ -548,7 +548,8 @@ def test_trainer_saves_the_adapter_only(tmp_path: Path) -> None:
         assert all(".focus." in key for key in load_file(folder / ADAPTER))
     assert is_equal(weights(base), before)
     saved = load_file(tmp_path / "final" / ADAPTER)
-    assert all(saved[key].item() == 3 for key in saved if key.endswith("num_updates"))
+    # In the first step the local output is silent: nothing depends on it, and it teaches nothing
+    assert {saved[key].item() for key in saved if key.endswith("num_updates")} == {2}
     assert all(saved[key].any() for key in saved if key.endswith("join"))
     loaded = PeftModel.from_pretrained(TINY["llama"].build(), tmp_path / "final")
     assert torch.equal(logits(loaded, **make_inputs("llama")), logits(model.eval(), **make_inputs("llama")))
@@ -556,7 +557,7 @@ def test_trainer_saves_the_adapter_only(tmp_path: Path) -> None:
     again = get_peft_model(TINY["llama"].build(), config())
     resumed = Trainer(model=again, args=arguments, train_dataset=data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert all(value.item() == 3 for key, value in again.state_dict().items() if key.endswith("num_updates"))
+    assert all(value.item() == 2 for key, value in again.state_dict().items() if key.endswith("num_updates"))
 
 
 def test_counts_what_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
