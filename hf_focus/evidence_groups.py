@@ -108,7 +108,10 @@ GROUPS: dict[str, Group] = {
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
                (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS, batch=16),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
-        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
+        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10,
+                note="Within 400 steps FocusA makes most chains of look-ups (watched on seed 206, which is not solved)"
+                ". Where an answer is wrong then, the *first* look-up attends to another pair, and all that follow it"
+                " go on from there: the symbol for k disturbs the query for x. More steps mend that slowly."),
         _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
                 rates=(1e-3,)),

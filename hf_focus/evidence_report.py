@@ -126,6 +126,7 @@ def section(group: Group, found: Mapping[str, Mapping[int, Record]]) -> str:
         _setting(group, next(iter(next(iter(found.values())).values()))),
         f"![{group.title}]({group.name}.png)",
         _means(group, found),
+        group.note,
         _folded("Sizes, learning rates and time", _models(found)),
         _folded(f"Differences from: {VARIANTS[group.baseline].title}", _differences(group, found)),
     ]
