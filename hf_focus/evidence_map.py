@@ -22,7 +22,7 @@ PAGE = "MAP.md"
 SENTENCE = "for name in names: print(name)"
 TEXTS, TOKENS = 8, 256
 # A few minutes on two cores
-ROW = Row("text", "focus", sizes={"layers": 2, "width": 64, "heads": 4}, lr=3e-3, steps=800, batch=8, examples=16)
+ROW = Row("text", "refiner", sizes={"layers": 2, "width": 64, "heads": 4}, lr=3e-3, steps=800, batch=8, examples=16)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

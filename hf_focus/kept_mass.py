@@ -13,7 +13,8 @@ MOST_SCORES = 2**15
 
 
 def sampled_queries(length: int, num_keys: int) -> slice:
-    """Queries at equal distances, the last one among them."""
+    """Queries at equal distances, the last one among them; all of up to 32. Padding counts: what the refiner learns of
+    longer rows depends on the longest one beside them."""
     count = max(1, min(MOST_QUERIES, MOST_SCORES // max(num_keys, 1)))
     stride = -(-length // count)
     return slice((length - 1) % stride, length, stride)

@@ -173,7 +173,7 @@ class Refiner(nn.Module):
         # An overflow elsewhere in the model must not stay in the table for good; and NaN · 0 is NaN
         usable = error.isfinite() if features is None else error.isfinite() & features.isfinite().all(dim=-1)
         weight = weight * usable
-        error = torch.where(weight > 0, error, 0)
+        error = torch.where(weight > 0, error * weight, 0)
         pair = (state * self.table.shape[1] + action).flatten()
         size = self.table.numel()
         sums = torch.zeros_like(self.pending)
@@ -281,9 +281,8 @@ class _WeighOnBackward(torch.autograd.Function):
             size = grad[:, :, ctx.rows].float().norm(dim=-1).nan_to_num(0, 0, 0)
             if valid.shape[1] == 1:
                 size = size.mean(dim=1, keepdim=True)
+            # In the units of the loss scale, which the mean over a step's passes divides out
             weight = size[..., None] * valid
-            # Its unit is that of the loss scale: only shares count
-            weight = weight / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny) * valid.sum()
             sums = ctx.refiner._sum(**dict(zip(ctx.names, entries, strict=True)), valid=weight)
             ctx.refiner._collect(sums)
         return (grad, *(None for _ in range(4 + len(entries))))

@@ -34,7 +34,7 @@ def test_flops_grow_with_iterations() -> None:
     assert counts[3] > 1.5 * counts[1]
 
 
-@pytest.mark.parametrize("variant", ["focus", "focus, near", "hybrid, near", "no refiner"])
+@pytest.mark.parametrize("variant", ["focus", "focus, near", "hybrid, near", "refiner"])
 def test_keys_read_are_those_with_any_weight(variant: str) -> None:
     task = find_task("text")
     settings = task.with_settings({"length": 96, "megabytes": 0.1})

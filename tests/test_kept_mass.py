@@ -178,6 +178,23 @@ def test_a_query_that_the_loss_does_not_need_teaches_nothing() -> None:
     assert not torch.equal(tables[0], branch().refiner.table)
 
 
+def test_queries_count_by_the_size_of_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, told = branch(reward="mass", join=False).train(), {}
+    start, learn = module.refiner.table.clone(), module.refiner.learn_where_it_matters
+    monkeypatch.setattr(
+        module.refiner, "learn_where_it_matters", lambda output, rows, **x: told.update(x) or learn(output, rows, **x)
+    )
+    size = torch.rand(2, 4, 16, 1)
+    (module.attend(*branch_inputs()) * size).sum().backward()
+    weight = size.expand(told["reward"].shape)
+    expected = start.clone()
+    for pair in set(zip(told["state"].flatten().tolist(), told["action"].flatten().tolist(), strict=True)):
+        here = (told["state"] == pair[0]) & (told["action"] == pair[1])
+        mean = (weight * told["reward"])[here].sum() / weight[here].sum()
+        expected[pair] += module.refiner.alpha * (mean - start[pair])
+    torch.testing.assert_close(module.eval().refiner.table, expected)
+
+
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_without_a_gradient_nothing_is_learned(bad: float) -> None:
     module = branch(reward="mass").train()
