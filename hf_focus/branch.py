@@ -217,7 +217,8 @@ class FocusBranch(nn.Module):
                 features=features,
                 valid=learn_from,
             )
-        if learning and config.reward == "mass":
+        # Where no backward pass will follow, as in the first pass of reentrant checkpointing, it would be thrown away
+        if learning and config.reward == "mass" and output.requires_grad:
             attention = partial(kept_mass, query, key, value, **options)
             rows = sampled_queries(length, num_keys)
             output = self.refiner.learn_where_it_matters(
