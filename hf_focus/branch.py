@@ -19,6 +19,7 @@ from .penalty import note_mean_span
 from .pooling import pool_global
 from .problem import without_autocast
 from .refiner import Refiner
+from .rewards import saved_loss, weighed
 from .span import AdaptiveSpan, Predictor, count_in_span
 
 
@@ -149,7 +150,7 @@ class FocusBranch(nn.Module):
 
         pooled = pool_global(global_output, attention_mask, config.span_granularity, config.window_size)
         predicted = self.predictor(pooled.flatten(2))
-        scale, action, own = predicted, None, None
+        scale, action = predicted, None
         # With a frozen predictor, as in LoRA training of the base, the table stays too: it would not be saved
         learning = self.refiner is not None and self.training and self.predictor.weight.requires_grad
         if self.refiner is not None:
@@ -162,11 +163,11 @@ class FocusBranch(nn.Module):
                 state, action = self.refiner(features, explore=learning and config.reward != "mass")
                 factor = self.refiner.action_to_span_scale(action)
             scale = (predicted * factor).clamp(0, 1)
-        learns_from_attention = learning and config.reward == "seed"
+        lesson = {}
         if learning:
-            learn_from = valid[:, None].expand(state.shape)
+            lesson = {"state": state, "features": features, "valid": valid[:, None].expand(state.shape)}
         if learning and config.reward == "loss":
-            scale = self.refiner.learn_from_loss(scale, predicted, state, action, features, learn_from)
+            scale = self.refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, action=action, **lesson)
 
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
         options = {
@@ -196,38 +197,26 @@ class FocusBranch(nn.Module):
             base_threshold=config.base_threshold,
             threshold_scale=config.threshold_scale,
             coverage_threshold=config.coverage_threshold,
-            need_statistics=learns_from_attention or is_observed(),
+            need_statistics=(learning and config.reward == "seed") or is_observed(),
             backend=config.backend,
             **options,
         )
         output = local.output
-        if learns_from_attention:
+        if learning and config.reward == "seed":
             with torch.no_grad():
-                reward = local.coverage - config.entropy_weight * local.entropy
-                if action.shape[1] == 1:
-                    reward = reward.mean(dim=1, keepdim=True)
+                quality = local.coverage - config.entropy_weight * local.entropy
+                lesson["reward"] = quality.mean(dim=1, keepdim=True) if action.shape[1] == 1 else quality
                 in_span = count_in_span(num_visible, span, is_causal)
-                next_state = self.refiner.discretize(self._features(scale, in_span, output, *own))
-            output = self.refiner.learn(
-                output,
-                state=state,
-                action=action,
-                reward=reward,
-                next_state=next_state,
-                features=features,
-                valid=learn_from,
-            )
+                lesson["next_state"] = self.refiner.discretize(self._features(scale, in_span, output, *own))
+            output = self.refiner.learn(output, action=action, **lesson)
         # Where no backward pass will follow, as in the first pass of reentrant checkpointing, it would be thrown away
         if learning and config.reward == "mass" and output.requires_grad:
-            attention = partial(kept_mass, query, key, value, **options)
             rows = sampled_queries(length, num_keys)
-            output = self.refiner.learn_where_it_matters(
-                output,
-                rows,
-                **self._compare_corrections(
-                    attention, rows, predicted, num_visible, state, features, learn_from, is_causal
-                ),
-            )
+            lesson = {name: x[:, :, rows] for name, x in lesson.items()}
+            attention = partial(kept_mass, query, key, value, rows=rows, **options)
+            visible = count_in_span(num_visible[..., rows], predicted[:, :, rows] * config.max_span, is_causal)
+            lesson |= self._compare_corrections(attention, predicted[:, :, rows], visible)
+            output = self.refiner.learn(output, partial(weighed, rows=rows), **lesson)
         if config.span_penalty and self.training and not torch.compiler.is_compiling():
             note_mean_span(scale, valid, self.predictor.weight.requires_grad)
         if is_observed():
@@ -240,34 +229,22 @@ class FocusBranch(nn.Module):
 
     @torch.no_grad()
     def _compare_corrections(
-        self,
-        kept_by: Callable[..., Tensor],
-        rows: slice,
-        predicted: Tensor,
-        num_visible: Tensor,
-        state: Tensor,
-        features: Tensor,
-        valid: Tensor,
-        is_causal: bool,
+        self, kept_by: Callable[..., Tensor], predicted: Tensor, num_keys: Tensor
     ) -> dict[str, Tensor]:
-        """What some of the queries teach the refiner: the arguments of `Refiner.update`, (B, H or 1, N, A) each."""
+        """Every action, (A,), and the reward of each for some queries, (B, H or 1, N, A).
+
+        Args:
+            kept_by: `kept_mass` of these queries.
+            predicted, num_keys: share of the longest span before the correction, and keys in it, (B, H or 1, N).
+        """
         config = self.config
-        predicted, visible = predicted[:, :, rows], num_visible[..., rows]
-        keys = count_in_span(visible, predicted * config.max_span, is_causal)
-        span, temperature = self.span(predicted, keys)
-        action = torch.arange(config.num_actions, device=state.device)
+        span, temperature = self.span(predicted, num_keys)
+        action = torch.arange(config.num_actions, device=predicted.device)
         scales = predicted[..., None] * self.refiner.action_to_span_scale(action)
-        kept = kept_by(span, scales * config.max_span, temperature, rows)
-        if state.shape[1] == 1:
+        kept = kept_by(span, scales * config.max_span, temperature)
+        if predicted.shape[1] == 1:
             kept = kept.mean(dim=1, keepdim=True)
-        shape = kept.shape
-        return {
-            "state": state[:, :, rows, None].expand(shape),
-            "action": action.expand(shape),
-            "reward": kept - config.span_cost * scales,
-            "features": features[:, :, rows, None].expand(*shape, -1),
-            "valid": valid[:, :, rows, None].expand(shape),
-        }
+        return {"action": action, "reward": kept - config.span_cost * scales}
 
     def _features(self, scale: Tensor, num_keys: Tensor, output: Tensor, value_size: Tensor, match: Tensor) -> Tensor:
         """The refiner's four statistics, (B, H or 1, T, 4): span, log of the keys, how far the output shrank against

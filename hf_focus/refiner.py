@@ -17,6 +17,8 @@ NUM_BINS = 10
 BIN_WIDTH = 0.5
 # Running statistics average all that was seen until this weight, then forget slowly
 LEAST_MOMENTUM = 0.01
+# Gradient and named tensors -> arguments of `Refiner.update`
+Rule = Callable[..., dict[str, Tensor]]
 
 
 class Refiner(nn.Module):
@@ -148,10 +150,11 @@ class Refiner(nn.Module):
         and all processes.
 
         Args:
-            state, action, next_state: (...) int64. Without `next_state`, nothing follows: the error is r − Q[s, a].
-            reward: (...).
-            features: (..., 4) that the states were made from; moves the running statistics. None leaves them.
-            valid: (...) bool: entries to learn from; None: all. Or their weights in the mean, >= 0.
+            state: (...) int64.
+            action, reward: (...) int64 and float; or (..., N), several actions that were tried in each state.
+            next_state: (...) int64. Without it nothing follows: the error is r − Q[s, a].
+            features: (..., 4) that the states were made from; moves the running statistics. Without, they stay.
+            valid: (...) bool: states to learn from; without, all. Or their weights in the mean, >= 0.
         """
         self._collect(self._sum(state, action, reward, next_state, features, valid))
         self.finish_step()
@@ -166,12 +169,18 @@ class Refiner(nn.Module):
         valid: Tensor | None = None,
     ) -> Tensor:
         """What one backward pass adds to `pending`."""
-        weight = torch.ones_like(reward, dtype=torch.float32) if valid is None else valid.float()
+        weight = torch.ones_like(state, dtype=torch.float32) if valid is None else valid.float()
+        if features is not None:
+            # NaN · 0 is NaN
+            weight = weight * features.isfinite().all(dim=-1)
+        of_state = weight
+        if reward.ndim > state.ndim:
+            state, weight = state[..., None], weight[..., None]
         error = reward.float() - self.table[state, action]
         if next_state is not None:
             error = error + self.gamma * self.table[next_state].amax(dim=-1)
-        # An overflow elsewhere in the model must not stay in the table for good; and NaN · 0 is NaN
-        usable = error.isfinite() if features is None else error.isfinite() & features.isfinite().all(dim=-1)
+        # An overflow elsewhere in the model must not stay in the table for good
+        usable = error.isfinite()
         weight = weight * usable
         error = torch.where(weight > 0, error * weight, 0)
         pair = (state * self.table.shape[1] + action).flatten()
@@ -180,7 +189,7 @@ class Refiner(nn.Module):
         sums[:size].index_add_(0, pair, error.flatten())
         sums[size : 2 * size].index_add_(0, pair, weight.flatten())
         if features is not None:
-            seen = weight > 0
+            seen = (of_state > 0) & (usable if usable.ndim == of_state.ndim else usable.any(dim=-1))
             rows = torch.where(seen[..., None], features.float(), 0).reshape(-1, NUM_FEATURES)
             sums[2 * size : -1] = torch.cat([rows.sum(0), rows.square().sum(0)])
             sums[-1] = seen.sum()
@@ -201,40 +210,16 @@ class Refiner(nn.Module):
         self.variance.lerp_(variance, momentum).add_(momentum * (1 - momentum) * drift.square())
         self.mean.lerp_(mean, momentum)
 
-    def learn(self, output: Tensor, **entries: Tensor) -> Tensor:
-        """`output` unchanged; its backward pass adds to `pending` what `entries`, the arguments of `update`, teach."""
-        if not self.training or not torch.is_grad_enabled() or not output.requires_grad:
-            return output
-        with torch.no_grad():
-            sums = self._sum(**entries)
-        return _CollectOnBackward.apply(output, sums, self)
-
-    def learn_where_it_matters(self, output: Tensor, rows: slice, valid: Tensor, **entries: Tensor) -> Tensor:
-        """`output` (B, H, T, Dv) unchanged; its backward pass adds to `pending` what `entries`, the arguments of
-        `update`, teach, each query weighted by the size of the gradient of its output: a query that the loss does not
-        depend on teaches nothing.
+    def learn(self, x: Tensor, rule: Rule | None = None, **entries: Tensor) -> Tensor:
+        """`x` unchanged; its backward pass adds to `pending` what `entries`, the arguments of `update`, teach.
 
         Args:
-            rows: the N queries that the entries (B, H or 1, N, A) are of.
-            valid: as in `update`.
+            rule: makes the arguments of `update` from the gradient of `x` and `entries`, for a reward that is not
+                known before.
         """
-        if not self.training or not torch.is_grad_enabled() or not output.requires_grad:
-            return output
-        return _WeighOnBackward.apply(output, rows, self, valid, list(entries), *entries.values())
-
-    def learn_from_loss(
-        self, scale: Tensor, predicted: Tensor, state: Tensor, action: Tensor, features: Tensor, valid: Tensor
-    ) -> Tensor:
-        """`scale` unchanged; its backward pass rewards `action` with what it saved: the loss at the `predicted` span
-        minus the loss at `scale`, to first order, in units of its mean size.
-
-        Args:
-            scale, predicted: (...) share of the longest span with and without the correction.
-            state, action, features, valid: as in `update`.
-        """
-        if not self.training or not torch.is_grad_enabled() or not scale.requires_grad:
-            return scale
-        return _RewardOnBackward.apply(scale, predicted.detach(), state, action, features, valid, self)
+        if not self.training or not torch.is_grad_enabled() or not x.requires_grad:
+            return x
+        return _LearnOnBackward.apply(x, self, rule, list(entries), *(entry.detach() for entry in entries.values()))
 
     def train(self, mode: bool = True) -> "Refiner":
         if not mode:
@@ -251,65 +236,20 @@ class Refiner(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class _CollectOnBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, sums: Tensor, refiner: Refiner) -> Tensor:
-        ctx.refiner = refiner
-        ctx.save_for_backward(sums)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            ctx.refiner._collect(*ctx.saved_tensors)
-        return grad, None, None
-
-
-class _WeighOnBackward(torch.autograd.Function):
+class _LearnOnBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, rows: slice, refiner: Refiner, valid: Tensor, names: list[str], *entries: Tensor
+        ctx: Any, x: Tensor, refiner: Refiner, rule: Rule | None, names: list[str], *entries: Tensor
     ) -> Tensor:
-        ctx.rows, ctx.refiner, ctx.names = rows, refiner, names
-        ctx.save_for_backward(valid, *entries)
-        return output.view_as(output)
+        ctx.refiner, ctx.rule, ctx.names = refiner, rule, names
+        ctx.save_for_backward(*entries)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        valid, *entries = ctx.saved_tensors
+        entries = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         with torch.no_grad():
-            size = grad[:, :, ctx.rows].float().norm(dim=-1).nan_to_num(0, 0, 0)
-            if valid.shape[1] == 1:
-                size = size.mean(dim=1, keepdim=True)
-            # In the units of the loss scale, which the mean over a step's passes divides out
-            weight = size[..., None] * valid
-            sums = ctx.refiner._sum(**dict(zip(ctx.names, entries, strict=True)), valid=weight)
-            ctx.refiner._collect(sums)
-        return (grad, *(None for _ in range(4 + len(entries))))
-
-
-class _RewardOnBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        scale: Tensor,
-        predicted: Tensor,
-        state: Tensor,
-        action: Tensor,
-        features: Tensor,
-        valid: Tensor,
-        refiner: Refiner,
-    ) -> Tensor:
-        ctx.refiner = refiner
-        ctx.save_for_backward(scale, predicted, state, action, features, valid)
-        return scale.view_as(scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, predicted, state, action, features, valid = ctx.saved_tensors
-        with torch.no_grad():
-            # The size of gradients depends on the loss, the number of tokens and the loss scale; rewards must not
-            unit = torch.where(valid, (grad * predicted).abs(), 0).sum() / valid.sum().clamp_min(1)
-            reward = grad * (predicted - scale) / unit.clamp_min(torch.finfo(unit.dtype).tiny)
-            ctx.refiner._collect(ctx.refiner._sum(state, action, reward, features=features, valid=valid))
-        return (grad, *(None for _ in range(6)))
+            if ctx.rule is not None:
+                entries = ctx.rule(grad, **entries)
+            ctx.refiner._collect(ctx.refiner._sum(**entries))
+        return (grad, *(None for _ in range(3 + len(ctx.names))))

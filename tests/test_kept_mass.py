@@ -180,18 +180,16 @@ def test_a_query_that_the_loss_does_not_need_teaches_nothing() -> None:
 
 def test_queries_count_by_the_size_of_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     module, told = branch(reward="mass", join=False).train(), {}
-    start, learn = module.refiner.table.clone(), module.refiner.learn_where_it_matters
-    monkeypatch.setattr(
-        module.refiner, "learn_where_it_matters", lambda output, rows, **x: told.update(x) or learn(output, rows, **x)
-    )
+    start, learn = module.refiner.table.clone(), module.refiner.learn
+    monkeypatch.setattr(module.refiner, "learn", lambda *args, **lesson: told.update(lesson) or learn(*args, **lesson))
     size = torch.rand(2, 4, 16, 1)
     (module.attend(*branch_inputs()) * size).sum().backward()
-    weight = size.expand(told["reward"].shape)
+    weight, reward = size[..., 0], told["reward"]
     expected = start.clone()
-    for pair in set(zip(told["state"].flatten().tolist(), told["action"].flatten().tolist(), strict=True)):
-        here = (told["state"] == pair[0]) & (told["action"] == pair[1])
-        mean = (weight * told["reward"])[here].sum() / weight[here].sum()
-        expected[pair] += module.refiner.alpha * (mean - start[pair])
+    for state in told["state"].unique().tolist():
+        here = told["state"] == state
+        mean = (weight[..., None] * reward)[here].sum(0) / weight[here].sum()
+        expected[state] += module.refiner.alpha * (mean - start[state])
     torch.testing.assert_close(module.eval().refiner.table, expected)
 
 

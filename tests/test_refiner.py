@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_focus.refiner
 from hf_focus import Refiner
+from hf_focus.rewards import saved_loss
 
 STATES, ACTIONS = 6, 4
 
@@ -454,7 +455,7 @@ def test_reward_of_the_loss_is_what_the_correction_saved(seed: int, slope: float
     refiner, slow = random_refiner(seed).train(), random_refiner(seed)
     scale = (predicted * refiner.action_to_span_scale(step["action"])).requires_grad_()
     entries = {name: step[name] for name in ("state", "action", "features", "valid")}
-    used = refiner.learn_from_loss(scale, predicted, **entries)
+    used = refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, **entries)
     assert torch.equal(used, scale)
     (slope * slopes * used).sum().backward()
     assert torch.equal(scale.grad, slope * slopes)
@@ -465,7 +466,7 @@ def test_reward_of_the_loss_is_what_the_correction_saved(seed: int, slope: float
 
     saved = loss(predicted) - loss(scale.detach())
     unit = (loss(predicted).abs() * step["valid"]).sum() / step["valid"].sum()
-    slow.update(step["state"], step["action"], saved / unit, features=step["features"], valid=step["valid"])
+    slow.update(reward=saved / unit, **entries)
     assert_close_buffers(refiner, slow)
 
 
@@ -479,7 +480,8 @@ def test_it_learns_what_lowers_the_loss(helps: bool) -> None:
     for _ in range(50):
         state, action = refiner(features)
         scale = (predicted * refiner.action_to_span_scale(action)).requires_grad_()
-        used = refiner.learn_from_loss(scale, predicted, state, action, features, valid)
+        entries = {"state": state, "action": action, "features": features, "valid": valid}
+        used = refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, **entries)
         (used if helps else -used).sum().backward()
         refiner.finish_step()
     best = refiner.choose_action(refiner.discretize(features), explore=False)
@@ -490,10 +492,11 @@ def test_without_a_gradient_the_loss_teaches_nothing() -> None:
     refiner = random_refiner().train()
     before, step = buffers(refiner), random_step()
     scale = torch.rand(step["state"].shape, requires_grad=True)
-    entries = {name: step[name] for name in ("state", "action", "features")}
-    refiner.learn_from_loss(scale, scale, valid=torch.zeros_like(step["valid"]), **entries).sum().backward()
-    refiner.eval().learn_from_loss(scale, scale, valid=step["valid"], **entries).sum().backward()
+    entries = {"scale": scale, "predicted": scale, **{name: step[name] for name in ("state", "action", "features")}}
+    nothing = torch.zeros_like(step["valid"])
+    refiner.learn(scale, saved_loss, valid=nothing, **entries).sum().backward()
+    refiner.eval().learn(scale, saved_loss, valid=step["valid"], **entries).sum().backward()
     with torch.no_grad():
-        refiner.train().learn_from_loss(scale, scale, valid=step["valid"], **entries)
+        refiner.train().learn(scale, saved_loss, valid=step["valid"], **entries)
     refiner.finish_step()
     assert_same_buffers(refiner, before)
