@@ -31,10 +31,11 @@ def keys_read(model: nn.Module, **inputs: torch.Tensor) -> dict[str, float]:
     counts once. Keys further than both need not be kept.
 
     Returns:
-        keys_read; keys_kept: the most that any layer must keep; keys_share: read, as a share of all.
+        keys_read; keys_kept: the most that any layer must keep; keys_share: read, as a share of all; with FocusA,
+        local_keys: read by the local branch.
     """
     length = inputs["input_ids"].shape[1]
-    read, kept = [], 0.0
+    read, kept, local = [], 0.0, []
     branches = [module for module in model.modules() if isinstance(module, FocusBranch)]
     spans = [module for module in model.modules() if hasattr(module, "evidence_span")]
     if branches:
@@ -43,6 +44,7 @@ def keys_read(model: nn.Module, **inputs: torch.Tensor) -> dict[str, float]:
         for branch, layer in zip(branches, records, strict=True):
             config, call = branch.config, records[layer][0]
             reach = (call.span[..., -1] + config.ramp).ceil().clamp(max=min(config.max_span, length))
+            local.append(reach.mean().item())
             near = float(length if config.max_dist is None else min(config.max_dist, length))
             sinks = min(config.sink_tokens, length - near) if config.max_dist is not None else 0
             read.append((reach.clamp(min=near) + sinks).clamp(max=length).mean().item())
@@ -55,7 +57,8 @@ def keys_read(model: nn.Module, **inputs: torch.Tensor) -> dict[str, float]:
     else:
         read, kept = [float(length)], float(length)
     mean = sum(read) / len(read)
-    return {"keys_read": mean, "keys_kept": float(kept), "keys_share": mean / length}
+    found = {"keys_read": mean, "keys_kept": float(kept), "keys_share": mean / length}
+    return found | ({"local_keys": sum(local) / len(local)} if local else {})
 
 
 def _causal_flops(

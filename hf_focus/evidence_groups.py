@@ -7,7 +7,7 @@ from typing import Any
 from torch import Generator
 
 from .errors import FocusConfigError, bad_value
-from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, STEPS, Group, Measure, accuracy_on
+from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, LOCAL_KEYS, STEPS, Group, Measure, accuracy_on
 from .evidence_tasks import find_task
 
 DEPTHS = ("focus", "plain", "plain, 4 rounds", "plain +1", "plain +2")
@@ -130,7 +130,7 @@ GROUPS: dict[str, Group] = {
                (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=800, variants=("focus", "plain", "hybrid"),
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
-               " parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
+               " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
                variants=("focus, patched", "plain", "hybrid, patched", "no refiner, patched",
                          "refiner of the seed, patched", "focus through the layer, patched"),
                pretrain=400, steps=400),

@@ -53,6 +53,7 @@ EXACT = Measure("examples all right, %", ("results", "train", "exact"), scale=10
 STEPS = Measure("steps to 99%", ("steps_to_solved",), lower_is_better=True)
 KEYS = Measure("keys read", ("cost", "keys_read"), lower_is_better=True)
 KEPT = Measure("keys kept", ("cost", "keys_kept"), lower_is_better=True)
+LOCAL_KEYS = Measure("keys read by the local branch", ("cost", "local_keys"), lower_is_better=True)
 FLOPS = Measure("MFLOPs a token, forward", ("cost", "flops"), lower_is_better=True, scale=1e-6)
 
 

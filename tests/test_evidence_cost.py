@@ -48,8 +48,10 @@ def test_keys_read_are_those_with_any_weight(variant: str) -> None:
         ((far[0, :, -1] > 0) | (weights.amax(0)[:, -1] > 0)).sum(-1).float()
         for far, weights in zip(near, local.values(), strict=True)
     ]
+    reached = [(weights.amax(0)[:, -1] > 0).sum(-1).float() for weights in local.values()]
     found = keys_read(model, input_ids=ids, use_cache=False)
     assert found["keys_read"] == pytest.approx(torch.stack(read).mean().item())
+    assert found["local_keys"] == pytest.approx(torch.stack(reached).mean().item())
     if variant == "hybrid, near":
         assert 16 < found["keys_read"] < 64
 
