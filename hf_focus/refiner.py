@@ -13,8 +13,10 @@ from .observers import in_backward
 
 NUM_FEATURES = 4
 NUM_BINS = 10
-# Bins of a feature normalised to mean 0 and variance 1: eight of this width around 0, two open ones
+# Bins of a feature normalised to mean 0 and variance 1: eight of this width, one of them around 0, and two open ones
 BIN_WIDTH = 0.5
+# What varies less is one bin: a span before the predictor has learned, which rounding alone tells apart
+LEAST_DEVIATION = 1e-3
 # Running statistics average all that was seen until this weight, then forget slowly
 LEAST_MOMENTUM = 0.01
 # Gradient and named tensors -> arguments of `Refiner.update`
@@ -82,9 +84,9 @@ class Refiner(nn.Module):
 
     def discretize(self, features: Tensor) -> Tensor:
         """Features (..., 4) -> state numbers (...) int64, by their place in the running statistics."""
-        normal = (features.float() - self.mean) / self.variance.clamp_min(1e-12).sqrt()
+        normal = (features.float() - self.mean) / self.variance.sqrt().clamp_min(LEAST_DEVIATION)
         # Arithmetic, since a table of edges would be copied to the device at every call
-        bins = (normal / BIN_WIDTH + NUM_BINS / 2).floor().clamp(0, NUM_BINS - 1).long()
+        bins = (normal / BIN_WIDTH + (NUM_BINS + 1) / 2).floor().clamp(0, NUM_BINS - 1).long()
         powers = NUM_BINS ** torch.arange(NUM_FEATURES, device=bins.device)
         return (bins * powers).sum(dim=-1) % self.table.shape[0]
 

@@ -422,6 +422,14 @@ def test_it_learns_what_comes_later() -> None:
     assert chosen == {0.0: 0, 0.9: 1}
 
 
+def test_rounding_alone_makes_no_difference() -> None:
+    """A statistic that is the same everywhere, as the spans are before the predictor has learned."""
+    refiner, noise = Refiner(), 1 + 1e-7 * torch.randn(64, 4)
+    state = torch.zeros(64, dtype=torch.long)
+    refiner.update(state, state, torch.zeros(64), features=noise)
+    assert len(refiner.discretize(noise).unique()) == 1
+
+
 def test_a_step_without_tokens_is_none() -> None:
     refiner = Refiner()
     nothing = {"state": torch.zeros(1, 4, dtype=torch.long), "action": torch.zeros(1, 4, dtype=torch.long)}

@@ -130,9 +130,9 @@ def test_latest_goes_on_in_the_same_folder(tmp_path: Path, data: dict[str, Any])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_bert_classifier])
 def test_accumulation_equals_one_batch(tmp_path: Path, data: dict[str, Any], build: Any) -> None:
     task = "causal-lm" if build is tiny_llama else "sequence-classification"
-    # Blocks of unequal length: the mean of means would differ from the mean. Exploration would meet other numbers;
-    # and the default reward begins to teach when spans differ by rounding alone, of which the states' bins make much
-    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, reward="seed", epsilon=0.0, span_penalty=0.1)
+    # Blocks of unequal length: the mean of means would differ from the mean. Of blocks of more than 32 tokens the
+    # refiner looks at some queries, which padding shifts
+    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, span_penalty=0.1)
     model_settings = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
     results = []
     for number, (batch_size, steps) in enumerate([(2, 1), (1, 2)]):
@@ -153,7 +153,7 @@ def test_accumulation_equals_one_batch(tmp_path: Path, data: dict[str, Any], bui
                 gradient_accumulation_steps=steps,
                 learning_rate=1e-3,
                 max_steps=8,
-                data_args={"block_size": 37, "eval_share": 0.0},
+                data_args={"block_size": 29, "eval_share": 0.0},
             )
         )
     one, two = (losses(result) for result in results)
@@ -167,9 +167,9 @@ def test_the_model_sees_uneven_batches_as_the_test_above_wants(data: dict[str, A
 
     rows = load_documents(DataArguments(**data))[0]
     lengths = [
-        len(ids) for ids in find_task("causal-lm").encode(rows, None, source(), DataArguments(), 37).train["input_ids"]
+        len(ids) for ids in find_task("causal-lm").encode(rows, None, source(), DataArguments(), 29).train["input_ids"]
     ]
-    assert lengths[-1] < lengths[0] == 37
+    assert lengths[-1] < lengths[0] == 29
 
 
 def test_trackers_and_log(tmp_path: Path, data: dict[str, Any]) -> None:
