@@ -31,6 +31,7 @@ MEANINGS = {
     "rank_residual_ratio": "the same, as a share of that of the first layer's input",
     "local_span": "mean span, in tokens",
     "local_entropy": "as entropy, of the local branch",
+    "local_entropy_share": "its entropy / log n, n the keys that the global branch sees",
     "local_effective_tokens": "as effective_tokens, of the local branch",
     "local_coverage": "share of the keys in the span with a weight above coverage_threshold",
     "local_iterations": "mean attentions that a query made",
@@ -80,7 +81,12 @@ def rank_residual(hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_attention(
-    model: PreTrainedModel, sequences: Iterable[Tensor], *, show_progress: bool = False, **inputs: Any
+    model: PreTrainedModel,
+    sequences: Iterable[Tensor],
+    *,
+    queries: Tensor | None = None,
+    show_progress: bool = False,
+    **inputs: Any,
 ) -> dict[str, float]:
     """Spread of attention and collapse of ranks, means over layers, heads and tokens.
 
@@ -90,12 +96,14 @@ def measure_attention(
     Args:
         model: encoder or decoder; its mode and attention are restored.
         sequences: token ids (1, T) without padding.
+        queries: (T,) bool, the tokens whose attention is measured, such as those that give an answer; None: all.
         show_progress: a progress bar.
         inputs: what else the model is called with.
 
     Returns:
         means of `attention_spread`; rank_residual of the last layer; rank_residual_ratio: to that of the first layer's
-        input. With FocusA: local_span, local_entropy, local_effective_tokens, local_coverage, local_iterations.
+        input. With FocusA: local_span, local_entropy, local_entropy_share, local_effective_tokens, local_coverage,
+        local_iterations.
 
     Raises:
         FocusConfigError: the model gives no attention weights.
@@ -105,7 +113,7 @@ def measure_attention(
     count = 0
     with _eager(model):
         for ids in tqdm(sequences, desc="Measuring attention", leave=False, disable=not show_progress):
-            for name, value in _measure_one(model, ids.to(model.device), inputs).items():
+            for name, value in _measure_one(model, ids.to(model.device), queries, inputs).items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
     if not count:
@@ -113,7 +121,10 @@ def measure_attention(
     return {name: value / count for name, value in sums.items()}
 
 
-def _measure_one(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) -> dict[str, float]:
+def _measure_one(
+    model: PreTrainedModel, ids: Tensor, queries: Tensor | None, inputs: dict[str, Any]
+) -> dict[str, float]:
+    asked = slice(None) if queries is None else queries.to(ids.device)
     options = {**inputs, "output_attentions": True, "output_hidden_states": True}
     if isinstance(model, FocusMixin):
         with record_focus(model) as records:
@@ -124,9 +135,11 @@ def _measure_one(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) ->
     attentions = [weights for weights in outputs.attentions or () if weights is not None]
     if not attentions:
         raise FocusConfigError(bad_value("model", type(model).__name__, "one whose eager attention gives weights"))
+    # (B, 1, T); a single key has no spread
+    log_keys = (attentions[0] > 0).sum(-1).amax(1, keepdim=True).clamp_min(2).log()
     found: dict[str, list[Tensor]] = {}
     for weights in attentions:
-        for name, values in attention_spread(weights).items():
+        for name, values in attention_spread(weights[:, :, asked]).items():
             found.setdefault(name, []).append(values.mean())
     first, last = (rank_residual(outputs.hidden_states[layer]).mean() for layer in (0, -1))
     found |= {"rank_residual": [last], "rank_residual_ratio": [last / first.clamp_min(1e-12)]}
@@ -134,12 +147,13 @@ def _measure_one(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) ->
         local = {
             "span": call.span,
             "entropy": call.entropy,
+            "entropy_share": call.entropy / log_keys,
             "effective_tokens": call.entropy.exp(),
             "coverage": call.coverage,
             "iterations": call.iterations,
         }
         for name, values in local.items():
-            found.setdefault(f"local_{name}", []).append(values.float().mean())
+            found.setdefault(f"local_{name}", []).append(values[:, :, asked].float().mean())
     return {name: torch.stack(values).mean().item() for name, values in found.items()}
 
 

@@ -56,9 +56,10 @@ def exact_on(test: str) -> Measure:
     return Measure(f"{test}: all right, %", ("results", test, "exact"), scale=100)
 
 
-def entropy_on(test: str) -> Measure:
-    """Entropy of the global attention on a test set, as a share of log n."""
-    return Measure(f"entropy / log n, {test}", ("results", test, "spread", "entropy_share"), lower_is_better=True)
+def entropy_on(test: str, branch: str = "") -> Measure:
+    """Entropy / log n of the attention of what is asked on a test set: of the global branch, or of the "local" one."""
+    where = ("results", test, "spread", f"{branch}_entropy_share".lstrip("_"))
+    return Measure(f"{branch} entropy / log n, {test}".lstrip(), where, lower_is_better=True)
 
 
 def _k_step(name: str, largest: int, variants: tuple[str, ...], title: str, **changes: Any) -> Group:
@@ -97,8 +98,8 @@ GROUPS: dict[str, Group] = {
         _tuned("passkey", 1, "Passkey, trained at L = 128", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8)))),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
-               (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n))
-               for n in (16, 256, 4096))), sizes={}),
+               (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n), branch)
+               for branch in ("", "local") for n in (16, 256, 4096))), sizes={}),
         *(
             _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
                    (EXACT, STEPS, *_LENGTHS), steps=3000)

@@ -101,9 +101,7 @@ def run_row(
         results[name] = measure(model, task, {**settings, **changes}, unseen, row.examples, device)
         # A baseline's own attention has no eager form
         if task.spread and find_variant(row.variant).attention is None:
-            one = task.batch(1, torch.Generator().manual_seed(TEST_SEED), {**settings, **changes}).to(device)
-            inputs = model_inputs(one, task)
-            results[name]["spread"] = measure_attention(model, [inputs.pop("input_ids")], **inputs)
+            results[name]["spread"] = _spread(model, task, {**settings, **changes}, device)
     return {
         "variant": row.variant,
         **row.key,
@@ -156,6 +154,18 @@ def train(
             if solved_at is not None and row.until_solved:
                 break
     return model, losses, curve, solved_at
+
+
+def _spread(model: PreTrainedModel, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
+    """Of the attention of the tokens that are asked something, means over a few fresh examples."""
+    size = max(1, min(16, 2**14 // task.length(**settings)))
+    batch = task.batch(size, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
+    found = []
+    for row in range(size):
+        one = Batch(*(x[row : row + 1] for x in (batch.input_ids, batch.labels, batch.groups)))
+        inputs = model_inputs(one, task)
+        found.append(measure_attention(model, [inputs.pop("input_ids")], queries=one.labels[0] != IGNORED, **inputs))
+    return {name: sum(values[name] for values in found) / size for name in found[0]}
 
 
 def _cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:

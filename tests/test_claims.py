@@ -7,7 +7,7 @@ import torch
 from small_runs import byte_tokenizer, tiny_bert_classifier, tiny_llama
 from tiny import randomize
 
-from hf_focus import apply_focus
+from hf_focus import apply_focus, record_focus
 from hf_focus.claims import (
     MEANINGS,
     attention_spread,
@@ -64,6 +64,26 @@ def test_spread_is_that_of_the_models_own_weights() -> None:
     weights = torch.stack(model(IDS, output_attentions=True).attentions)
     seen = torch.arange(1, IDS.shape[1] + 1)
     assert found["attended"] == pytest.approx(((weights > 1e-3).sum(-1) / seen).mean().item(), rel=1e-5)
+
+
+def test_the_queries_asked_for_are_measured() -> None:
+    model, asked = randomize(apply_focus(tiny_llama(), max_span=8, ramp=3)).eval(), torch.arange(IDS.shape[1]) > 20
+    parts = [measure_attention(model, [IDS], queries=queries) for queries in (asked, ~asked, None)]
+    share = asked.float().mean().item()
+    for name in MEANINGS:
+        one, other, whole = (part[name] for part in parts)
+        assert share * one + (1 - share) * other == pytest.approx(whole), name
+        assert one != other or name in ("attended", "rank_residual", "rank_residual_ratio"), name
+
+
+def test_the_local_spread_is_against_all_that_the_global_branch_sees() -> None:
+    model = randomize(apply_focus(tiny_llama(), max_span=8, ramp=3)).eval()
+    last = torch.arange(IDS.shape[1]) == IDS.shape[1] - 1
+    with record_focus(model) as records:
+        model(IDS)
+    entropy = torch.stack([records[layer][0].entropy[..., -1].mean() for layer in records]).mean()
+    found = measure_attention(model, [IDS], queries=last)
+    assert found["local_entropy_share"] == pytest.approx(entropy.item() / math.log(IDS.shape[1]), rel=1e-4)
 
 
 def test_encoders_are_measured_too() -> None:
