@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
@@ -133,11 +141,12 @@ def find_variant(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: layers, features of a token, heads."""
+    """Of a model: layers, features of a token, heads; whether queries and keys are normalised (Qwen3, not Llama)."""
 
     layers: int = 1
     width: int = 64
     heads: int = 2
+    qk_norm: bool = False
 
 
 def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) -> dict[str, Any] | None:
@@ -226,10 +235,16 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
             BertConfig(**common, num_labels=task.settings["num_labels"], hidden_dropout_prob=0.0)
         )
     else:
-        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
+        if sizes.qk_norm:
+            heads = {"num_key_value_heads": sizes.heads, "head_dim": sizes.width // sizes.heads}
+            model = Qwen3ForCausalLM(Qwen3Config(**common, **heads, tie_word_embeddings=True))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
         if variant.rounds > 1:
             model.model.layers = nn.ModuleList([*model.model.layers] * variant.rounds)
             model.config.num_hidden_layers = len(model.model.layers)
+            if sizes.qk_norm:
+                model.config.layer_types = model.config.layer_types * variant.rounds
     if task.symbols > 1:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.sum(dim=-2))
     focus = focus_settings(task, settings, variant)

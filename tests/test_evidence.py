@@ -44,8 +44,9 @@ def group(**changes: object) -> Group:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_is_built_with_as_many_parameters_trains_and_answers(name: str) -> None:
-    task, sizes = find_task("k-step"), Sizes(width=32)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_every_variant_is_built_with_as_many_parameters_trains_and_answers(name: str, qk_norm: bool) -> None:
+    task, sizes = find_task("k-step"), Sizes(width=32, qk_norm=qk_norm)
     model = build(task, task.settings, name, sizes, seed=0)
     wanted = count(build(task, task.settings, REFERENCE, sizes, seed=0))
     if VARIANTS[name].matched:
@@ -169,8 +170,9 @@ def test_another_row_is_not_done(changes: dict[str, object]) -> None:
 def test_a_setting_that_came_later_does_not_undo_a_row() -> None:
     older = TINY.key
     del older["focus"]["stop"]
-    del older["settings"]["queries"]
+    del older["settings"]["queries"], older["sizes"]["qk_norm"]
     assert is_done(TINY, [older])
+    assert not is_done(replace(TINY, sizes={**TINY.sizes, "qk_norm": True}), [older])
     assert not is_done(replace(TINY, settings={**TINY.settings, "queries": 1}), [older])
     # What it had was the default, and not what a variant asks for now
     del older["focus"]["mix_start"]
