@@ -47,6 +47,7 @@ HELD_OUT_BOUNDARIES = Measure(
 )
 TWO_LAYERS = {"layers": 2}
 NORMALISED = {"qk_norm": True}
+FOUR_HEADS = {"width": 128, "heads": 4, **NORMALISED}
 TEXT_SIZES = {"layers": 2, "width": 128, "heads": 4}
 LONGER = tuple(accuracy_on(f"{times} L") for times in (2, 4, 8))
 
@@ -110,9 +111,10 @@ GROUPS: dict[str, Group] = {
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
                (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS, batch=16, sizes=TWO_LAYERS),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
-        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
+        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10,
+                sizes=FOUR_HEADS),
         _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four",
-                sizes={**NORMALISED, **TWO_LAYERS}),
+                sizes={**FOUR_HEADS, **TWO_LAYERS}),
         _k_step("k-step-3-llama", 3, DEPTHS, "k-step lookup, k ≤ 3, queries and keys not normalised", seeds=10,
                 sizes={}),
         _k_step("k-step-5-llama", 5, DEPTHS, "k-step lookup, k ≤ 5, queries and keys not normalised", seeds=10,
@@ -120,11 +122,11 @@ GROUPS: dict[str, Group] = {
                 note="Lost on half of the seeds. Within 400 steps FocusA makes most chains of look-ups here too, but"
                 " where the *first* look-up attends to another pair, because the symbol for k disturbs the query for"
                 " x, more steps mend that slowly; and a model that answers nearly everything may lose it again."
-                " Normalised queries and keys, above, are the remedy."),
+                " Normalised queries and keys, and more of them, are the remedy: above."),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
                 rates=(2e-3,)),
         _k_step("k-step-5-ablations", 5, SCREENED, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
-                rates=(2e-3,)),
+                sizes=FOUR_HEADS, rates=(1e-3,)),
         _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),
         _tuned("dyck", 4, "Dyck-(4, 5)", "dyck",
                (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
