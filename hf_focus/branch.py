@@ -12,6 +12,7 @@ from transformers import initialization as init
 from .attention import focus_attention
 from .band_mask import BandMask
 from .configuration import FocusConfig
+from .iteration import unit
 from .kept_mass import kept_mass, sampled_queries
 from .masks import count_visible, gather_reach, own_key_visible
 from .observers import FocusRecord, is_observed, notify
@@ -144,6 +145,9 @@ class FocusBranch(nn.Module):
             key, value, attention_mask, position_bias, query_offset = gather_reach(
                 key, value, attention_mask, position_bias, query_offset, length, max_span, is_causal
             )
+        if config.qk_norm:
+            query, key = (unit(_wide(x)).to(x.dtype) for x in (query, key))
+            scaling = query.shape[-1] ** -0.5
         num_keys = key.shape[2]
         valid = own_key_visible(attention_mask, length, num_keys, query_offset, query.device)
         num_visible = count_visible(attention_mask, length, num_keys, query_offset, max_span, is_causal, query.device)

@@ -50,6 +50,7 @@ _RULES = {
     "window_size": int_from(1),
     "initial_span": BETWEEN_ZERO_AND_ONE,
     "span_penalty": NON_NEGATIVE,
+    "qk_norm": BOOL,
     "temperature": choice("learned", "seed"),
     "sharpen": BOOL,
     "temp_scale": NON_NEGATIVE,
@@ -104,6 +105,9 @@ class FocusConfig:
         window_size: width of the `"window"` pooling, in tokens (the seed's `win_size`).
         initial_span: share of `max_span` that an untrained predictor gives.
         span_penalty: weight of the mean span (share of `max_span`) added to the model's loss.
+        qk_norm: normalise the queries and keys of the local branch to root mean square 1 (2010.04245, 2302.05442), so
+            that no score exceeds √head_dim; the model's own scaling does not count there. What is fed back into a
+            query then cannot make attention ever sharper: a model trained from scratch learns far more steadily.
         temperature: `"learned"` (a head learns how it depends on the span and on the number of keys: scalable
             softmax, 2501.19399) or `"seed"` (fixed, see `sharpen`).
         sharpen: with `temperature="seed"`: τ = 1 + c(1 − s) if True, 0.5 + c·s if False, c = `temp_scale`.
@@ -168,6 +172,7 @@ class FocusConfig:
     window_size: int = 256
     initial_span: float = 0.5
     span_penalty: float = 0.0
+    qk_norm: bool = False
     temperature: str = "learned"
     sharpen: bool = True
     temp_scale: float = 0.01

@@ -140,10 +140,9 @@ def _setting(group: Group, record: Record) -> str:
         f"{name.replace('_', ' ')} {_said(value)}" for name, value in group.settings.items() if value is not None
     ]
     layers = f"{sizes['layers']} layer{'s' if sizes['layers'] > 1 else ''}"
-    norms = ", queries and keys normalised (Qwen3)" if sizes.get("qk_norm") else ""
     return (
         f"{task.title}{' (' + ', '.join(settings) + ')' if settings else ''}. Width {sizes['width']}, {sizes['heads']}"
-        f" heads, {layers}{norms}; at most {group.steps:,} steps of {group.batch} examples."
+        f" heads, {layers}; at most {group.steps:,} steps of {group.batch} examples."
     )
 
 

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from .configuration import FocusConfig
 from .errors import FocusDataError
 from .evidence_tasks import find_task
 from .evidence_train import Row, run_row
-from .evidence_variants import Sizes
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -33,6 +31,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# What rows had that were made before it could be chosen
+EARLIER = {"qk_norm": False}
 _FOCUS_DEFAULTS = FocusConfig().to_dict()
 
 
@@ -42,16 +42,16 @@ def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
 
 
 def find_record(row: Row, finished: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last of `finished` that is this row. Settings of FocusA, of the task or of sizes that did not exist when it
-    was made had what is now their default: new ones start as what was there before."""
+    """The last of `finished` that is this row. Settings of FocusA and of the task that did not exist when it was made
+    had what is now their default: new ones start as what was there before."""
     key = row.key
     focus, settings, defaults = key.pop("focus") or {}, key.pop("settings"), find_task(row.task).settings
-    sizes = key.pop("sizes")
     for other in reversed(list(finished)):
         known = other.get("focus")
-        same = all(other.get(name) == value for name, value in key.items()) and (known is None) == (not focus)
+        same = all(other.get(name, EARLIER.get(name)) == value for name, value in key.items()) and (known is None) == (
+            not focus
+        )
         same = same and {**defaults, **other.get("settings", {})} == settings
-        same = same and {**asdict(Sizes()), **other.get("sizes", {})} == sizes
         if same and (known is None or {**_FOCUS_DEFAULTS, **known} == focus):
             return other
     return None

@@ -67,6 +67,7 @@ class Row:
         values["attention"], values["more_layers"] = variant.attention, variant.more_layers
         values["rounds"] = variant.rounds
         values["frozen"] = list(variant.frozen)
+        values["qk_norm"] = variant.qk_norm
         values["focus_rate"] = variant.focus_rate
         values["tied"] = not task.encoder
         return values

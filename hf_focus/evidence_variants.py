@@ -36,6 +36,7 @@ class Variant:
         focus: settings of FocusA; None: a model without it.
         attention: a name in `evidence_attention.ATTENTIONS`, for a model without FocusA.
         more_layers: besides those of the row.
+        qk_norm: the model's own attention normalises queries and keys (a Qwen3 and not a Llama).
         rounds: how often a token goes through the layers, with the same weights (Universal Transformer, 1807.03819).
         matched: parameters as many as those of `REFERENCE` (the MLP is widened or narrowed). A deeper baseline is
             not: it may have more.
@@ -48,6 +49,7 @@ class Variant:
     focus: Mapping[str, Any] | None = None
     attention: str | None = None
     more_layers: int = 0
+    qk_norm: bool = False
     rounds: int = 1
     matched: bool = True
     frozen: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ _STATIC = ("focus.predictor.weight",)
 _FIXED = ("focus.predictor.weight", "focus.predictor.bias")
 # FocusA in a model that is trained from scratch, and has no function to keep
 FROM_SCRATCH = {
+    "qk_norm": True,
     "feedback_through": "layer",
     "mix_start": 0.9,
     "gain_start": 0.5,
@@ -79,6 +82,7 @@ VARIANTS: dict[str, Variant] = {
     "focus": _focus("FocusA"),
     # Baselines
     "plain": Variant("full attention"),
+    "plain, normalized": Variant("full attention, queries and keys normalised", qk_norm=True),
     "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
     "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
     "plain, 4 rounds": Variant("full attention, four times through the layer", rounds=4),
@@ -98,6 +102,7 @@ VARIANTS: dict[str, Variant] = {
     "2 iterations": _focus("2 iterations", max_iterations=2),
     "4 iterations": _focus("4 iterations", max_iterations=4),
     "10 iterations": _focus("10 iterations", max_iterations=10),
+    "not normalized": _focus("queries and keys not normalised", qk_norm=False),
     "through features": _focus("feedback through the features alone", feedback_through="features"),
     "additive": _focus("additive feedback", feedback="additive"),
     "of the seed": _focus(
@@ -141,12 +146,11 @@ def find_variant(name: str) -> Variant:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: layers, features of a token, heads; whether queries and keys are normalised (Qwen3, not Llama)."""
+    """Of a model: layers, features of a token, heads."""
 
     layers: int = 1
     width: int = 64
     heads: int = 2
-    qk_norm: bool = False
 
 
 def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) -> dict[str, Any] | None:
@@ -235,7 +239,7 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
             BertConfig(**common, num_labels=task.settings["num_labels"], hidden_dropout_prob=0.0)
         )
     else:
-        if sizes.qk_norm:
+        if variant.qk_norm:
             heads = {"num_key_value_heads": sizes.heads, "head_dim": sizes.width // sizes.heads}
             model = Qwen3ForCausalLM(Qwen3Config(**common, **heads, tie_word_embeddings=True))
         else:
@@ -243,8 +247,6 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
         if variant.rounds > 1:
             model.model.layers = nn.ModuleList([*model.model.layers] * variant.rounds)
             model.config.num_hidden_layers = len(model.model.layers)
-            if sizes.qk_norm:
-                model.config.layer_types = model.config.layer_types * variant.rounds
     if task.symbols > 1:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.sum(dim=-2))
     focus = focus_settings(task, settings, variant)

@@ -38,6 +38,7 @@ ACTS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "ramp": (4, 1, {}, {}),
     "span_granularity": ("token", "window", {}, SYMMETRIC),
     "window_size": (2, 8, {"span_granularity": "window"}, SYMMETRIC),
+    "qk_norm": (True, False, {}, {}),
     "temperature": ("learned", "seed", {}, {}),
     "sharpen": (True, False, {"temperature": "seed"}, {}),
     "temp_scale": (0.01, 0.5, {"temperature": "seed"}, {}),
@@ -113,6 +114,28 @@ def test_settings_of_the_start_act(name: str) -> None:
         module = FocusBranch(FocusConfig(max_span=8, ramp=4, **{name: value}), HEADS, DIM, VALUE_DIM).eval()
         results.append(module.attend(*branch_inputs()))
     assert_acts(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_size_of_queries_and_keys_and_the_scaling_do_not_matter(dtype: torch.dtype) -> None:
+    module, (query, key, *others) = branch(qk_norm=True).to(dtype), branch_inputs(dtype=dtype)
+    output = module(query, key, *others)
+    assert torch.equal(module(4 * query, key / 8, *others, scaling=3.0), output)
+
+
+def test_normalized_queries_and_keys_are_as_vectors_of_that_size() -> None:
+    query, key, *others = branch_inputs()
+    output = branch(qk_norm=True)(query, key, *others)
+    query, key = (DIM**0.5 * x / x.norm(dim=-1, keepdim=True) for x in (query, key))
+    torch.testing.assert_close(branch()(query, key, *others), output, atol=1e-5, rtol=1e-4)
+
+
+def test_a_padded_key_of_zeros_has_a_finite_gradient() -> None:
+    module, (query, key, *others) = branch(qk_norm=True), branch_inputs()
+    query[:, :, :5], key[:, :, :5] = 0, 0
+    inputs = [x.requires_grad_() for x in (query, key, *others)]
+    module(*inputs).sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
 
 
 @pytest.mark.parametrize("combine", ["per_head", "projection"])
@@ -205,6 +228,7 @@ VARIANTS = {
     "one iteration": {"max_iterations": 1},
     "no refiner": {"refiner": False},
     "reference": {"backend": "reference"},
+    "normalized queries and keys": {"qk_norm": True, "anchored": True},
 }
 variants = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 

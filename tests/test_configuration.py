@@ -31,6 +31,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "window_size": POSITIVE_INT,
     "initial_span": ([0.01, 0.99], [0, 1, -0.5, 1.5, "0.5", None, float("nan")]),
     "span_penalty": NON_NEGATIVE,
+    "qk_norm": FLAG,
     "temperature": (["learned", "seed"], ["none", "", None, 1.0, True]),
     "sharpen": FLAG,
     "temp_scale": NON_NEGATIVE,

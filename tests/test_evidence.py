@@ -44,9 +44,8 @@ def group(**changes: object) -> Group:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_every_variant_is_built_with_as_many_parameters_trains_and_answers(name: str, qk_norm: bool) -> None:
-    task, sizes = find_task("k-step"), Sizes(width=32, qk_norm=qk_norm)
+def test_every_variant_is_built_with_as_many_parameters_trains_and_answers(name: str) -> None:
+    task, sizes = find_task("k-step"), Sizes(width=32)
     model = build(task, task.settings, name, sizes, seed=0)
     wanted = count(build(task, task.settings, REFERENCE, sizes, seed=0))
     if VARIANTS[name].matched:
@@ -160,19 +159,30 @@ def test_finished_rows_are_skipped_and_half_lines_dropped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 1}, {"lr": 1e-3}, {"variant": "anchored"}, {"variant": "plain"}, {"settings": {"steps": 1}}],
+    [
+        {"seed": 1},
+        {"lr": 1e-3},
+        {"variant": "anchored"},
+        {"variant": "plain"},
+        {"variant": "plain, normalized"},
+        {"settings": {"steps": 1}},
+    ],
 )
 def test_another_row_is_not_done(changes: dict[str, object]) -> None:
     assert is_done(TINY, [TINY.key])
     assert not is_done(replace(TINY, **changes), [TINY.key])
 
 
+def test_norms_of_the_model_itself_make_another_row() -> None:
+    rows = [replace(TINY, variant=name) for name in ("plain", "plain, normalized")]
+    assert [[is_done(row, [other.key]) for other in rows] for row in rows] == [[True, False], [False, True]]
+
+
 def test_a_setting_that_came_later_does_not_undo_a_row() -> None:
     older = TINY.key
     del older["focus"]["stop"]
-    del older["settings"]["queries"], older["sizes"]["qk_norm"]
+    del older["settings"]["queries"]
     assert is_done(TINY, [older])
-    assert not is_done(replace(TINY, sizes={**TINY.sizes, "qk_norm": True}), [older])
     assert not is_done(replace(TINY, settings={**TINY.settings, "queries": 1}), [older])
     # What it had was the default, and not what a variant asks for now
     del older["focus"]["mix_start"]
