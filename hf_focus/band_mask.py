@@ -69,6 +69,13 @@ class BandMask:
         """Position among the keys of the first query."""
         return self.first_query - self.key_offset
 
+    def without_first(self, count: int) -> "BandMask":
+        """The same mask over all keys but the first `count`."""
+        rest = copy.copy(self)
+        rest.shape = (*self.shape[:3], self.shape[3] - count)
+        rest.key_offset, rest._memory = self.key_offset + count, {}
+        return rest
+
     def read(self, rows: slice, columns: slice, batch: slice = slice(None)) -> Tensor:
         """What the queries `rows` may see of the keys `columns`: (B or 1, 1, rows, columns) bool, of `batch`."""
         queries, keys = self._queries(rows), self._keys(columns)

@@ -14,7 +14,7 @@ from .band_mask import BandMask
 from .configuration import FocusConfig
 from .iteration import unit
 from .kept_mass import kept_mass, sampled_queries
-from .masks import count_visible, gather_reach, own_key_visible
+from .masks import count_visible, gather_reach, own_key_visible, within_reach
 from .observers import FocusRecord, is_observed, notify
 from .penalty import note_mean_span
 from .pooling import pool_global
@@ -146,6 +146,11 @@ class FocusBranch(nn.Module):
                 key, value, attention_mask, position_bias, query_offset, length, max_span, is_causal
             )
         if config.qk_norm:
+            if is_causal:
+                # What is out of reach need not be normalised for each decoded token
+                key, value, attention_mask, position_bias, query_offset = within_reach(
+                    key, value, attention_mask, position_bias, query_offset, max_span
+                )
             query, key = (unit(_wide(x)).to(x.dtype) for x in (query, key))
             scaling = query.shape[-1] ** -0.5
         num_keys = key.shape[2]

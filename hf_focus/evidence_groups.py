@@ -134,7 +134,7 @@ GROUPS: dict[str, Group] = {
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
                variants=("focus, patched", "plain", "hybrid, patched", "no refiner, patched",
-                         "refiner of the seed, patched", "focus through the layer, patched"),
+                         "normalized, patched", "refiner of the seed, patched", "focus through the layer, patched"),
                pretrain=400, steps=400),
     )
 }  # fmt: skip

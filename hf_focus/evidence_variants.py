@@ -96,6 +96,7 @@ VARIANTS: dict[str, Variant] = {
     "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
     "hybrid, patched": Variant("sliding window + full, no iteration, no refiner", _ONE_PASS),
     "no refiner, patched": Variant("no refiner", {"refiner": False}),
+    "normalized, patched": Variant("queries and keys normalised", {"qk_norm": True}),
     "refiner of the seed, patched": Variant("refiner with the seed's reward", {"reward": "seed"}),
     # Ablations
     "1 iteration": _focus("1 iteration", max_iterations=1),

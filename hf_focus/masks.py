@@ -87,6 +87,29 @@ def gather_reach(
     return key.index_select(2, index), value.index_select(2, index), mask, gathered(position_bias), reach
 
 
+def within_reach(
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BandMask | None,
+    position_bias: Tensor | None,
+    query_offset: int,
+    max_span: int,
+) -> tuple[Tensor, Tensor, Tensor | BandMask | None, Tensor | None, int]:
+    """What causal queries within `max_span` can reach: all without the first keys, as views; and the queries' offset
+    among what is left."""
+    first = query_offset - max_span + 1
+    if first <= 0:
+        return key, value, attention_mask, position_bias, query_offset
+
+    def rest(mask: Tensor | BandMask | None) -> Tensor | BandMask | None:
+        if isinstance(mask, BandMask):
+            return mask.without_first(first)
+        return mask if mask is None or mask.shape[-1] == 1 else mask[..., first:]
+
+    key, value = key[:, :, first:], value[:, :, first:]
+    return key, value, rest(attention_mask), rest(position_bias), query_offset - first
+
+
 def count_visible(
     attention_mask: Tensor | BandMask | None,
     length: int,

@@ -1,6 +1,7 @@
 """The properties of a patched model, over every supported architecture."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,10 @@ def test_cached_is_uncached(name: str, cache: str) -> None:
     assert torch.equal(generate(model, inputs, **settings), uncached)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("name", CAUSAL_LMS)
-def test_token_by_token_logits(name: str) -> None:
-    model, ids = patched(name), tokens(2, LENGTH)
+def test_token_by_token_logits(name: str, qk_norm: bool) -> None:
+    model, ids = patched(name, replace(SETTINGS, qk_norm=qk_norm)), tokens(2, LENGTH)
     whole = logits(model, input_ids=ids)
     cache, steps = None, []
     for position in range(LENGTH):

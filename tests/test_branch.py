@@ -130,6 +130,19 @@ def test_normalized_queries_and_keys_are_as_vectors_of_that_size() -> None:
     torch.testing.assert_close(branch()(query, key, *others), output, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_normalized_with_a_cache_is_as_without(masked: bool) -> None:
+    """Keys out of reach are left out before they are normalised."""
+    module, (query, key, value, globe) = branch(qk_norm=True, max_span=5), branch_inputs()
+    mask = torch.ones(16, 16, dtype=torch.bool).tril().expand(2, 1, 16, 16) if masked else None
+    whole = module(query, key, value, globe, mask)
+    last = slice(13, 16)
+    part = module(
+        query[:, :, last], key, value, globe[:, last], mask if mask is None else mask[:, :, last], query_offset=13
+    )
+    torch.testing.assert_close(part, whole[:, last])
+
+
 def test_a_padded_key_of_zeros_has_a_finite_gradient() -> None:
     module, (query, key, *others) = branch(qk_norm=True), branch_inputs()
     query[:, :, :5], key[:, :, :5] = 0, 0

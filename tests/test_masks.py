@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_focus.band_mask import BandMask
 from hf_focus.masks import (
     count_visible,
     find_query_offset,
@@ -13,6 +14,8 @@ from hf_focus.masks import (
     is_visible,
     limit_distance,
     own_key_visible,
+    read_mask,
+    within_reach,
 )
 
 CPU = torch.device("cpu")
@@ -191,3 +194,34 @@ def test_limit_distance(
 def test_limit_distance_beyond_the_sequence_changes_nothing() -> None:
     mask = causal_mask(6, 6, 0, padded=1)
     assert torch.equal(limit_distance(mask, 6, 6, 0, True, 6, 0, torch.bool, CPU), mask)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "row", "band"])
+@pytest.mark.parametrize(
+    ("length", "num_keys", "offset"), [(1, 30, 29), (3, 30, 27), (3, 34, 20), (5, 9, 4), (9, 9, 0)]
+)
+def test_within_reach_nothing_that_can_be_seen_is_left_out(kind: str, length: int, num_keys: int, offset: int) -> None:
+    max_span = 6
+    numbers = torch.arange(num_keys)
+    visible = causal_mask(length, num_keys, offset) & (numbers % 7 != 3)
+    masks = {
+        "none": None,
+        "bool": visible,
+        "additive": additive(visible),
+        "row": (numbers % 7 != 3)[None, None, None],
+        "band": BandMask(lambda b, h, q, k: (k <= q) & (k % 7 != 3), 1, length, num_keys, query_offset=offset),
+    }
+    key = numbers.float()[None, None, :, None]
+    bias = numbers.expand(1, 1, length, num_keys)
+    near_key, near_value, mask, near_bias, near_offset = within_reach(key, -key, masks[kind], bias, offset, max_span)
+    for place in range(length):
+        seen = offset + place - torch.arange(min(max_span, offset + place + 1))
+        here = seen - offset + near_offset
+        assert torch.equal(near_key[0, 0, here, 0], key[0, 0, seen, 0])
+        assert torch.equal(near_value[0, 0, here, 0], -key[0, 0, seen, 0])
+        assert torch.equal(near_bias[0, 0, place, here], bias[0, 0, place, seen])
+        if mask is not None:
+            before, after = (read_mask(m, slice(place, place + 1), slice(None))[0, 0, 0] for m in (masks[kind], mask))
+            assert torch.equal(after[here], before[seen])
+    assert near_key.shape[2] <= num_keys - offset + max_span
+    assert near_key.data_ptr() >= key.data_ptr()
