@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig
 
 from .architecture import Architecture
@@ -193,6 +194,19 @@ def to_base(config: PreTrainedConfig, done: dict[int, PreTrainedConfig] | None =
         vars(config).pop(name, None)
     done[id(original)] = config
     return config
+
+
+def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
+    """Replace configs, given by the id of the old one, in every module and in every config of one that holds one."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, PreTrainedConfig):
+                continue
+            if id(value) in configs:
+                setattr(module, name, configs[id(value)])
+            for part_name, part in vars(value).items():
+                if isinstance(part, PreTrainedConfig) and id(part) in configs and is_focus(value):
+                    setattr(value, part_name, configs[id(part)])
 
 
 def __getattr__(name: str) -> type[PreTrainedConfig]:

@@ -27,7 +27,7 @@ from .configuration import FocusConfig
 from .discovery import architecture_of
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
 from .focus_cache import FocusCache
-from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, to_focus, with_plain_parts
+from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, repoint, to_focus, with_plain_parts
 from .interface import focus_name, global_name, register_interface
 from .model_masks import as_tensor
 from .penalty import with_span_penalty
@@ -361,19 +361,6 @@ def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
         # its registry took the name itself as key before 5.23, and the model since
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(holder)), holder._can_record_outputs)
     repoint(model, adoption.configs)
-
-
-def repoint(model: nn.Module, configs: dict[int, PreTrainedConfig]) -> None:
-    """Replace configs, given by the id of the old one, in every module and in every config of one that holds one."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if not isinstance(value, PreTrainedConfig):
-                continue
-            if id(value) in configs:
-                setattr(module, name, configs[id(value)])
-            for part_name, part in vars(value).items():
-                if isinstance(part, PreTrainedConfig) and id(part) in configs and is_focus(value):
-                    setattr(value, part_name, configs[id(part)])
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

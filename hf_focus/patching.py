@@ -11,8 +11,8 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .discovery import architecture_of, unreached_attention
 from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_value
-from .focus_configs import is_focus, to_base
-from .modeling import FocusMixin, adopt, plan_adoption, repoint
+from .focus_configs import is_focus, repoint, to_base
+from .modeling import FocusMixin, adopt, plan_adoption
 from .projections import layer_feedback
 from .routing import unrouted_class
 from .sites import build_branches, install, plan
