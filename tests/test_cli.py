@@ -19,15 +19,14 @@ from transformers import (
     BertConfig,
     GenerationConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
     PreTrainedModel,
 )
 
 import hf_focus.sharing
 from hf_focus import FocusConfig, apply_focus
 from hf_focus.cli import COMMANDS, main
-from hf_focus.errors import FocusConfigError, FocusDataError
-from hf_focus.folders import load_model, write_text_beside, written_beside
+from hf_focus.errors import FocusDataError
+from hf_focus.folders import load_model
 from hf_focus.scoring import label_numbers
 
 FOCUS_FLAGS = ("--max-span", "8", "--ramp", "3", "--max-iterations", "2")
@@ -211,41 +210,6 @@ def test_an_interrupted_write_leaves_no_folder(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_written_beside(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with written_beside(out) as folder:
-        assert folder.parent == out.parent, "a rename works within one file system"
-        assert not out.exists()
-        (folder / "config.json").write_text("1")
-    assert (out / "config.json").read_text() == "1"
-    with pytest.raises(KeyboardInterrupt), written_beside(out, overwrite=True) as folder:
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "config.json").read_text() == "1"
-    # Somebody else took the name meanwhile: theirs stays
-    with pytest.raises(FocusConfigError, match="other"), written_beside(tmp_path / "other") as folder:
-        (tmp_path / "other").write_text("theirs")
-    assert (tmp_path / "other").read_text() == "theirs"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
-
-
-def test_a_link_is_replaced_where_it_points(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    with written_beside(tmp_path / "link", overwrite=True) as folder:
-        (folder / "config.json").write_text("1")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "config.json").read_text() == "1"
-
-
-def test_write_text_beside(tmp_path: Path) -> None:
-    write_text_beside(tmp_path / "new" / "page.html", "one")
-    write_text_beside(tmp_path / "new" / "page.html", "two")
-    with pytest.raises(UnicodeEncodeError):
-        write_text_beside(tmp_path / "new" / "page.html", "\udc00")
-    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["two"]
-
-
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -368,15 +332,6 @@ def test_label_numbers() -> None:
     for values, names in ((["a", "x"], None), ([3], None), ([-1], ["a", "b"]), ([3], ["w", "x", "y", "z"])):
         with pytest.raises(FocusDataError, match="label_column"):
             label_numbers(values, names, named)
-
-
-def test_load_model_takes_the_class_that_saved(tmp_path: Path) -> None:
-    LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path / "classifier")
-    assert type(load_model(str(tmp_path / "classifier"))) is LlamaForSequenceClassification
-    config = json.loads((tmp_path / "classifier" / "config.json").read_text())
-    (tmp_path / "classifier" / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    with pytest.raises(FocusConfigError, match="auto-class"):
-        load_model(str(tmp_path / "classifier"))
 
 
 def test_inspect_prints_text(focused: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:

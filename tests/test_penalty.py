@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from test_architectures import no_dropout
-from tiny import SETTINGS, TINY, make_inputs, patched, tokens
+from tiny import SETTINGS, TINY, make_inputs, patched, randomize, tokens
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_focus import FocusConfig, apply_focus, record_focus
@@ -125,3 +125,45 @@ def test_trainer_divides_it_as_it_divides_the_loss(batch: int, accumulation: int
     expected = model_with(1000.0)
     _, gradient = bias_gradients(expected, input_ids=rows, labels=rows)
     torch.testing.assert_close(moved, -1e-3 * gradient, rtol=1e-3, atol=1e-4)
+
+
+def penalized(weight: float, **settings: Any) -> PreTrainedModel:
+    settings = {"max_span": 8, "ramp": 4, "max_iterations": 2, "refiner": False, **settings}
+    return randomize(apply_focus(TINY["llama"].build(), FocusConfig(span_penalty=weight, **settings))).train()
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("padded", [0, 6])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_span_penalty(per_head: bool, padded: int, return_dict: bool) -> None:
+    """The loss holds the weight times the mean span of tokens, as a share of the longest."""
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :padded] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids, "return_dict": return_dict}
+    plain = penalized(0.0, per_head_span=per_head)
+    with record_focus(plain) as records:
+        loss = plain(**inputs)[0]
+    assert len(records) == 2
+    shares = [calls[0].span_fraction.transpose(1, 2)[mask.bool()].mean() for calls in records.layers.values()]
+    model = penalized(0.7, per_head_span=per_head)
+    torch.testing.assert_close(model(**inputs)[0], loss + 0.7 * sum(shares) / 2)
+    # Of training only
+    model.eval()
+    torch.testing.assert_close(model(**inputs)[0], loss)
+
+
+def test_span_penalty_shortens_the_span() -> None:
+    ids = tokens(2, 20)
+    spans = {}
+    for weight in (0.0, 3.0):
+        model = penalized(weight)
+        predictors = [parameter for name, parameter in model.named_parameters() if ".predictor." in name]
+        optimizer = torch.optim.SGD(predictors, lr=2.0)
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        with record_focus(model) as records, torch.no_grad():
+            model(input_ids=ids)
+        spans[weight] = torch.stack([calls[0].span_fraction.mean() for calls in records.layers.values()])
+    assert (spans[3.0] < spans[0.0] - 0.2).all()

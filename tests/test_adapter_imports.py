@@ -1,0 +1,57 @@
+"""What needs an import of hf_focus, what needs PEFT, and the names that are public."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import TINY
+from tiny_adapters import adapted, lora_config
+
+import hf_focus
+
+
+def test_a_reader_needs_hf_focus_and_no_other_import(tmp_path: Path) -> None:
+    adapted("llama", lora_config()).save_pretrained(tmp_path / "lora")
+    adapted("llama").save_pretrained(tmp_path / "alone")
+    TINY["llama"].build().save_pretrained(tmp_path / "base")
+    script = (
+        "import sys; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "def load(folder):\n"
+        "    base = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "    return type(PeftModel.from_pretrained(base, folder).base_model).__name__\n"
+        "for folder in sys.argv[2:]:\n"
+        "    try: print(load(folder))\n"
+        "    except KeyError as error: print(error)\n"
+        "import hf_focus\n"
+        "print(*map(load, sys.argv[2:]))\n"
+    )
+    lines = run(script, tmp_path / "base", tmp_path / "lora", tmp_path / "alone").split()
+    assert lines == ["'FOCUS_LORA'", "'FOCUS'", "FocusLoraModel", "FocusAdapterModel"]
+
+
+def run(script: str, *arguments: Path) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_peft_is_optional() -> None:
+    script = (
+        "import sys; sys.modules['peft'] = None\n"
+        "import hf_focus; hf_focus.FocusConfig()\n"
+        "try: hf_focus.FocusAdapterConfig\n"
+        "except ImportError as error: print(error)\n"
+        "try: hf_focus.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    lines = run(script).splitlines()
+    assert "peft" in lines[0]
+    assert lines[1] == "module 'hf_focus' has no attribute 'nothing'"
+
+
+def test_names_are_public() -> None:
+    for name in ("FocusAdapterConfig", "FocusAdapterModel", "FocusLoraConfig", "FocusLoraModel"):
+        assert getattr(hf_focus, name).__name__ == name
