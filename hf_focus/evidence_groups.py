@@ -93,12 +93,18 @@ GROUPS: dict[str, Group] = {
     group.name: group
     for group in (
         _tuned("recall", 1, "Multi-query recall, trained at L = 64", "recall", (ACCURACY, STEPS, *LONGER,
-               accuracy_on("4 pairs"), accuracy_on("16 pairs")), batch=32),
+               accuracy_on("4 pairs"), accuracy_on("16 pairs")), batch=32,
+               note="Lost. Every model begins on a plateau. FocusA left it first on one seed, later than full"
+               " attention on two, and not at all within these steps on the other two; its settings are those of the"
+               " k-step lookup, with the local output in full from the first step. Why that holds it up is not known."
+               " What full attention learned also reaches further."),
         _tuned("passkey", 1, "Passkey, trained at L = 128", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8)))),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
                (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n), branch)
-               for branch in ("", "local") for n in (16, 256, 4096))), sizes={}),
+               for branch in ("", "local") for n in (16, 256, 4096))), sizes={},
+               note="Nobody keeps the entropy, which is that of the query that is asked. FocusA keeps more of the"
+               " accuracy, by an amount that is clear of zero at 4,096 items alone."),
         *(
             _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
                    (EXACT, STEPS, *_LENGTHS), steps=3000)
@@ -125,7 +131,10 @@ GROUPS: dict[str, Group] = {
         _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
                (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), steps=4000),
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
-               variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=400, examples=32),
+               variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=400, examples=32,
+               note="Hardly trained models: neither answers better with thousands of bytes before than with 32, and"
+               " sliding windows alone are still to be measured beside them. FocusA reads and keeps little, and decodes"
+               " a token more slowly all the same: many small operations, which do not depend on the length."),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
