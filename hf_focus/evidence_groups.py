@@ -133,8 +133,8 @@ GROUPS: dict[str, Group] = {
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
                variants=("focus, near", "plain", "hybrid, near", "adaptive span"), batch=4, steps=400, examples=32,
                note="Hardly trained models: neither answers better with thousands of bytes before than with 32, and"
-               " sliding windows alone are still to be measured beside them. FocusA reads and keeps little, and decodes"
-               " a token more slowly all the same: many small operations, which do not depend on the length."),
+               " sliding windows alone are still to be measured beside them. FocusA reads and keeps little, and"
+               " decodes a token more slowly all the same: many small operations, which do not depend on the length."),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
