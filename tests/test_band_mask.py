@@ -247,7 +247,7 @@ def test_training(name: str, checkpointing: bool | None, monkeypatch: Any) -> No
         torch.testing.assert_close(ours[key], grad, rtol=1e-8, atol=1e-12, msg=key)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_compiled(name: str) -> None:
     """A graph takes the dense mask, with the same result; so does a compiled decode step."""
     torch._dynamo.reset()

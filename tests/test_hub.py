@@ -303,6 +303,7 @@ assert torch.equal(logits(model), logits(local))
 """
 
 
+@pytest.mark.slow
 def test_the_script_pushes(hub: Hub, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "start")
     byte_tokenizer().save_pretrained(tmp_path / "start")

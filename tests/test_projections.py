@@ -201,6 +201,7 @@ def test_removed_is_the_original() -> None:
     assert torch.equal(logits(remove_focus(apply_focus(model, THROUGH_LAYER)), **inputs), before)
 
 
+@pytest.mark.slow
 def test_training_steps_compile_as_one_graph() -> None:
     model = lively(apply_focus(TINY["llama"].build(num_hidden_layers=1), THROUGH_LAYER))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
