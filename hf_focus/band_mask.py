@@ -72,7 +72,7 @@ class BandMask:
     def without_first(self, count: int) -> "BandMask":
         """The same mask over all keys but the first `count`."""
         rest = copy.copy(self)
-        rest.shape = (*self.shape[:3], self.shape[3] - count)
+        rest.shape = torch.Size((*self.shape[:3], self.shape[3] - count))
         rest.key_offset, rest._memory = self.key_offset + count, {}
         return rest
 

@@ -30,13 +30,13 @@ setup() {
         sed "s/^transformers==.*/transformers~=$oldest.0/; /^\(tokenizers\|huggingface_hub\)==/d" "$constraints" >"$venv/constraints.txt"
         constraints="$venv/constraints.txt"
     fi
-    # Without --no-compile, pip compiles every module of every package beforehand, which takes a minute
     # A range would fetch the newest build for GPUs, gigabytes of it; the pinned one is enough on a CPU
     if command -v nvidia-smi >/dev/null 2>&1; then
         say "Installing torch for this machine's GPU"
     else
         say "Installing torch for a CPU${TORCH_INDEX:+ from $TORCH_INDEX} (TORCH_INDEX chooses where from)"
     fi
+    # Without --no-compile, pip compiles every module of every package beforehand, which takes a minute
     "$python" -m pip install --disable-pip-version-check --no-compile ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
         --constraint "$constraints" torch
     say "Installing hf_focus and what it needs"
