@@ -11,6 +11,7 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, FocusError, bad_value
 from .interface import focus_name
+from .rotary import hand_on_rotation, keep_rotation
 
 
 class AttentionConfig:
@@ -57,6 +58,8 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
     def add(self, adapter_name: str, branch: FocusBranch) -> None:
         """Take in the branch of one more adapter."""
         attention = self.get_base_layer()
+        if not self.focus_branches:
+            hand_on_rotation(attention)
         self.focus_branches[adapter_name] = branch
         attention.add_module("focus", self)
         if not isinstance(attention.config, AttentionConfig):
@@ -65,6 +68,7 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
     def release(self) -> None:
         """Leave the attention layer as it was before the first adapter."""
         self._give_back_config()
+        keep_rotation(self.get_base_layer())
         del self.get_base_layer().focus
 
     def _give_back_config(self) -> None:
@@ -120,6 +124,7 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
         if not self.focus_branches:
             # apply_focus may come next, and would not replace ours
             self._give_back_config()
+            keep_rotation(self.get_base_layer())
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """FocusA cannot be merged in place.

@@ -37,6 +37,7 @@ def focus_attention(
     feedback_matrix: Tensor | None = None,
     mix: Tensor | None = None,
     gain: Tensor | None = None,
+    rotation: Tensor | None = None,
     attention_mask: Tensor | BandMask | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool = True,
@@ -69,6 +70,8 @@ def focus_attention(
         temperature: τ > 0 (B, H or 1, T); None: 1.
         readout_weights: λ (B, H, T, max_iterations): the result is Σₜ λₜ·oᵗ; None: the last oᵗ.
         feedback_matrix, mix, gain: F (H, Dv, D), α (H,), gain (H,), see `iteration.feed_back`.
+        rotation: cosines and sines of the queries' rotary positions, (2, B or 1, T, D), by which what is fed back is
+            rotated; F is then (H, Dv, 2·D), see `iteration.rotate`. Not differentiated.
         attention_mask: broadcastable to (B, H, T, S); bool (True: may be seen) or added to the scores; or a
             `BandMask`.
         position_bias: broadcastable to (B, H, T, S), added to the scores; differentiable.
@@ -107,6 +110,7 @@ def focus_attention(
         feedback_matrix=feedback_matrix,
         mix=mix,
         gain=gain,
+        rotation=rotation,
         attention_mask=attention_mask,
         position_bias=position_bias,
         is_causal=is_causal,

@@ -21,6 +21,7 @@ from .pooling import pool_global
 from .problem import without_autocast
 from .refiner import Refiner
 from .rewards import saved_loss, weighed
+from .rotary import Rotation
 from .span import AdaptiveSpan, Predictor, count_in_span
 
 
@@ -122,6 +123,7 @@ class FocusBranch(nn.Module):
         sliding_window: int | None = None,
         query_offset: int | Tensor = 0,
         layer_feedback: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """The local branch: span from `global_output`, then iterated local attention.
 
@@ -134,6 +136,7 @@ class FocusBranch(nn.Module):
             is_causal, scaling, softcap, position_bias: as in `focus_attention`.
             sliding_window: the layer's own window, which the local branch respects too.
             layer_feedback: with `feedback_through="layer"`: W_O·W_Q (H, Dv, D), see `layer_feedback`.
+            rotation: of the queries, where the layer has rotary positions. Read with `rotate_feedback`.
 
         Returns:
             (B, H, T, Dv).
@@ -178,10 +181,12 @@ class FocusBranch(nn.Module):
         if learning and config.reward == "loss":
             scale = self.refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, action=action, **lesson)
 
+        rotation = rotation if config.rotate_feedback and config.max_iterations > 1 else None
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
         options = {
-            "readout_weights": self._readout_weights(query, global_output),
-            "feedback_matrix": self._feedback_matrix(layer_feedback),
+            "readout_weights": self._readout_weights(query, global_output, rotation),
+            "feedback_matrix": self._feedback_matrix(layer_feedback, rotation),
+            "rotation": None if rotation is None else rotation.values(self.head_dim, query.device),
             "mix": None if self.mix is None else _wide(self.mix).sigmoid(),
             "gain": None if self.log_gain is None else _wide(self.log_gain).exp(),
             "attention_mask": attention_mask,
@@ -265,20 +270,24 @@ class FocusBranch(nn.Module):
             features = [x.mean(dim=1, keepdim=True) for x in features]
         return torch.stack(torch.broadcast_tensors(*features), dim=-1)
 
-    def _readout_weights(self, query: Tensor, global_output: Tensor) -> Tensor | None:
+    def _readout_weights(self, query: Tensor, global_output: Tensor, rotation: Rotation | None) -> Tensor | None:
         if self.readout_weight is None:
             return None
+        if rotation is not None:
+            # How often to look does not depend on where in the text a token is
+            query = rotation.undo(query)
         logits = _wide(torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype)))
         if self.readout_global_weight is not None:
             weight = self.readout_global_weight.to(global_output.dtype)
             logits = logits + _wide(torch.einsum("bthv,hvi->bhti", global_output, weight))
         return (logits + _wide(self.readout_bias)[:, None]).softmax(dim=-1)
 
-    def _feedback_matrix(self, of_layer: Tensor | None) -> Tensor | None:
+    def _feedback_matrix(self, of_layer: Tensor | None, rotation: Rotation | None) -> Tensor | None:
         if self.feedback_matrix is None:
             return None
         matrix = _wide(self.feedback_matrix)
-        return matrix + (self._identity(matrix) if of_layer is None else of_layer)
+        matrix = matrix + (self._identity(matrix) if of_layer is None else of_layer)
+        return matrix if rotation is None else torch.cat([matrix, rotation.turn(matrix)], dim=-1)
 
     def _identity(self, like: Tensor) -> Tensor:
         return torch.eye(self.value_head_dim, self.head_dim, dtype=like.dtype, device=like.device)

@@ -77,6 +77,8 @@ class CellTensors:
             None if shared.matrix is None else shared.matrix.repeat(batch, 1, 1) if batch > 1 else shared.matrix
         )
         self.mix, self.gain = shared.mix, shared.gain
+        # (B or 1, 1, T, D) each
+        self.turn = None if p.rotation is None else p.rotation.to(dtype)[:, :, None].unbind(0)
 
     def by_group(self, x: Tensor) -> Tensor:
         """(B, H, T, …) -> (B·Hkv, H/Hkv·T, …)."""
@@ -87,13 +89,19 @@ class CellTensors:
         return torch.mul(a, b, out=self.buffers("product", *a.shape)) @ self.shared.ones(a.shape[-1])
 
     def feed(self, output: Tensor, buffer: Tensor) -> Tensor:
-        """o·F (B, H, T, D), in `buffer`."""
+        """o·F, rotated if the problem says so, (B, H, T, D), in `buffer`."""
         if self.matrix is None:
             shared = min(output.shape[-1], buffer.shape[-1])
             buffer[..., :shared] = output[..., :shared]
             buffer[..., shared:] = 0
-        else:
+        elif self.turn is None:
             torch.bmm(output.flatten(0, 1), self.matrix, out=buffer.flatten(0, 1))
+        else:
+            both = self.buffers("both", *output.shape[:3], self.matrix.shape[-1])
+            torch.bmm(output.flatten(0, 1), self.matrix, out=both.flatten(0, 1))
+            straight, turned = both.chunk(2, dim=-1)
+            cos, sin = self.turn
+            torch.mul(straight, cos, out=buffer).addcmul_(turned, sin)
         return buffer
 
     @cached_property

@@ -35,13 +35,15 @@ class Cell:
         """The part of a tensor of the problem that this cell reads: a view, or a lazy mask evaluated there."""
         if tensor is None or name in ("feedback_matrix", "mix", "gain"):
             return tensor
+        if name == "rotation":
+            return tensor[:, self.rows if tensor.shape[1] > 1 else slice(None), self.queries]
         if name in ("attention_mask", "position_bias"):
             return read_mask(tensor, self.queries, self.keys, self.rows)
         return tensor[self.rows, :, self.keys if name in ("key", "value") else self.queries]
 
     def cut(self, problem: FocusProblem) -> FocusProblem:
         """The problem of this cell alone; positions count from its first key."""
-        names = (*problem.TENSORS, "attention_mask")
+        names = (*problem.TENSORS, "rotation", "attention_mask")
         parts = {name: self.of(name, getattr(problem, name)) for name in names}
         return changed(problem, **parts, query_offset=problem.query_offset + self.queries.start - self.keys.start)
 

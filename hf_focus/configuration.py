@@ -56,6 +56,7 @@ _RULES = {
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
     "feedback_through": choice("features", "layer"),
+    "rotate_feedback": BOOL,
     "anchored": BOOL,
     "mix_start": BETWEEN_ZERO_AND_ONE,
     "gain_start": number("a number above 0", lambda value: value > 0),
@@ -120,6 +121,10 @@ class FocusConfig:
             on the way). Either way a difference to it is learned; with `"layer"` F moves with the projections, and
             `fold_feedback(model)` makes it a fixed matrix: decode after that, since W_O·W_Q costs each call more than
             a token does. Needs separate projections on the attention module.
+        rotate_feedback: in layers with rotary positions, rotate what is fed back into a query as the query is, and
+            read the read-out's weights from the query before it is rotated: the local branch then knows distances
+            between tokens and not their places in the text, as the model's own attention does. Without it, F gives
+            queries that mean something else in each place. Layers whose rotation is not known have none, see `rotary`.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
@@ -178,6 +183,7 @@ class FocusConfig:
     temp_scale: float = 0.01
     feedback: str = "normalized"
     feedback_through: str = "features"
+    rotate_feedback: bool = True
     anchored: bool = False
     mix_start: float = 0.5
     gain_start: float = 1.0

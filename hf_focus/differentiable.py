@@ -29,7 +29,7 @@ _SETTINGS = {
     "coverage_threshold": "float",
     "need_statistics": "bool",
 }
-_TENSORS = (*FocusProblem.TENSORS, "attention_mask")
+_TENSORS = (*FocusProblem.TENSORS, "rotation", "attention_mask")
 _ARGUMENTS = ", ".join(
     [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TENSORS]
     + [f"{kind} {name}" for name, kind in _SETTINGS.items()]
@@ -43,7 +43,7 @@ class _Focus(torch.autograd.Function):
         mask = problem.attention_mask
         ctx.lazy_mask, mask = (None, mask) if isinstance(mask, Tensor) else (mask, None)
         solved = backend.solve(problem)
-        ctx.save_for_backward(*tensors, mask, solved.iterations)
+        ctx.save_for_backward(*tensors, problem.rotation, mask, solved.iterations)
         # The context must not hold the tensors a second time, out of autograd's sight
         ctx.settings = changed(problem, **dict.fromkeys(_TENSORS))
         ctx.backend = backend
@@ -134,7 +134,8 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     wanted = list(ctx.needs_input_grad[2 : 2 + len(FocusProblem.TENSORS)])
     *tensors, iterations = ctx.saved_tensors
     grads = iter(_backward_op(grad, iterations, wanted, ctx.backend, *tensors, *ctx.settings))
-    return (None, None, *(next(grads) if needed else None for needed in wanted), None, *(None for _ in ctx.settings))
+    rest = len(_TENSORS) - len(FocusProblem.TENSORS) + len(ctx.settings)
+    return (None, None, *(next(grads) if needed else None for needed in wanted), *(None for _ in range(rest)))
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_keep)

@@ -17,6 +17,7 @@ from .masks import find_query_offset
 from .matching import is_matching, note_distance
 from .model_masks import with_band_mask
 from .projections import layer_feedback
+from .rotary import KEYWORD
 
 PREFIX = "focus|"
 # Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix
@@ -56,6 +57,7 @@ def _attend(
     attention_mask: Tensor | BandMask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    rotation = kwargs.pop(KEYWORD, None)
     attention = _global_attention(module, implementation)
     branch = getattr(module, "focus", None)
     lazy = attention_mask is not None and not isinstance(attention_mask, Tensor)
@@ -94,6 +96,7 @@ def _attend(
         is_causal=is_causal,
         query_offset=offset,
         layer_feedback=layer_feedback(module, branch),
+        rotation=rotation,
         **{name: kwargs.get(name) for name in ("scaling", "softcap", "position_bias", "sliding_window")},
     )
     if original is not None:

@@ -41,6 +41,18 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + unit_epsilon(x.dtype))
 
 
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Vectors at rotary positions (2104.09864), (B, H, T, D).
+
+    Args:
+        x: the vectors, and behind them the same with each pair of features turned by a right angle, (B, H, T, 2·D).
+        rotation: cosines and sines, (2, B or 1, T, D).
+    """
+    straight, turned = x.chunk(2, dim=-1)
+    cos, sin = rotation.to(x.dtype)[:, :, None]
+    return straight * cos + turned * sin
+
+
 class FedBack(NamedTuple):
     """The next query (B, H, T, D), and its direction at root mean square 1, None where the feedback keeps no norm."""
 
@@ -57,6 +69,7 @@ def feed_back(
     gain: Tensor | None,
     feedback: str,
     anchored: bool,
+    rotation: Tensor | None = None,
 ) -> FedBack:
     """The next query, qᵗ⁺¹ = update(qᵗ, oᵗ·F).
 
@@ -68,15 +81,19 @@ def feed_back(
         last: the last step's query; the first query with direction None to begin with.
         first_query: (B, H, T, D).
         output: (B, H, T, Dv).
-        matrix: F (H, Dv, D); None: the identity, cut or filled with zeros where Dv ≠ D.
+        matrix: F (H, Dv, D), with a rotation (H, Dv, 2·D), see `rotate`; None: the identity, cut or filled with zeros
+            where Dv ≠ D.
         mix: α (H,) in (0, 1); None: one half. Read by `"normalized"` only.
         gain: (H,) > 0; None: one. Read by `"normalized"` only.
+        rotation: (2, B or 1, T, D): what is fed back is turned to the query's position.
     """
     if matrix is None:
         missing = first_query.shape[-1] - output.shape[-1]
         fed = torch.nn.functional.pad(output, (0, missing)) if missing >= 0 else output[..., :missing]
     else:
         fed = torch.einsum("bhtv,hvd->bhtd", output, matrix)
+    if rotation is not None:
+        fed = rotate(fed, rotation)
     if feedback == "additive":
         return FedBack((first_query if anchored else last.query) + fed, None)
     base = unit(first_query) if anchored or last.direction is None else last.direction

@@ -34,6 +34,7 @@ def kept_mass(
     feedback_matrix: Tensor | None,
     mix: Tensor | None,
     gain: Tensor | None,
+    rotation: Tensor | None,
     attention_mask: Tensor | BandMask | None,
     position_bias: Tensor | None,
     is_causal: bool,
@@ -79,6 +80,7 @@ def kept_mass(
         needed = first.new_ones(*first.shape[:3], max_iterations)
     else:
         needed = readout_weights[:, :, rows].to(dtype).flip(-1).cumsum(-1).flip(-1)
+    rotation = None if rotation is None else rotation[:, :, rows]
     state, summed = FedBack(first, None), torch.zeros((), dtype=dtype, device=key.device)
     for step in range(max_iterations):
         scores = _by_group(state.query, key.transpose(-1, -2)) * scaling
@@ -87,7 +89,8 @@ def kept_mass(
         weights = (scores / temperature[..., None].to(dtype) + bias).softmax(dim=-1)
         summed = summed + needed[..., step, None] * weights
         if step + 1 < max_iterations:
-            state = feed_back(state, first, _by_group(weights, value), feedback_matrix, mix, gain, feedback, anchored)
+            output = _by_group(weights, value)
+            state = feed_back(state, first, output, feedback_matrix, mix, gain, feedback, anchored, rotation)
     # What a shorter span's edge leaves of a weight that this span's edge made
     summed = summed / needed.sum(-1, keepdim=True) / whole.masked_fill(whole == 0, 1)
     # Span by span: all at once would take A times the memory

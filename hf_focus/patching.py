@@ -14,6 +14,7 @@ from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_
 from .focus_configs import is_focus, repoint, to_base
 from .modeling import FocusMixin, adopt, plan_adoption
 from .projections import layer_feedback
+from .rotary import keep_rotation
 from .routing import unrouted_class
 from .sites import build_branches, install, plan
 
@@ -80,6 +81,7 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
     for path in _own_branches(model):
         module = model.get_submodule(path.rpartition(".")[0])
         delattr(module, "focus")
+        keep_rotation(module)
         module.__class__ = unrouted_class(type(module))
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():

@@ -49,6 +49,7 @@ class FocusProblem:
     feedback_matrix: Tensor | None
     mix: Tensor | None
     gain: Tensor | None
+    rotation: Tensor | None
     attention_mask: Tensor | BandMask | None
     position_bias: Tensor | None
     is_causal: bool
@@ -95,9 +96,10 @@ class FocusProblem:
             "span": (batch, heads, length),
             "sharpness": (batch, heads, length),
             "readout_weights": (batch, heads, length, self.max_iterations),
-            "feedback_matrix": (heads, value_head_dim, head_dim),
+            "feedback_matrix": (heads, value_head_dim, head_dim if self.rotation is None else 2 * head_dim),
             "mix": (heads,),
             "gain": (heads,),
+            "rotation": (2, batch, length, head_dim),
             "attention_mask": (batch, heads, length, num_keys),
             "position_bias": (batch, heads, length, num_keys),
         }
@@ -105,6 +107,9 @@ class FocusProblem:
             tensor = getattr(self, name)
             if tensor is not None and not _fits(tensor, shape, name):
                 raise FocusConfigError(bad_value(name, tuple(tensor.shape), _shown(shape, name)))
+        if self.rotation is not None and self.feedback_matrix is None:
+            accepted = f"({heads}, {value_head_dim}, {2 * head_dim}) with a rotation"
+            raise FocusConfigError(bad_value("feedback_matrix", None, accepted))
         mask = self.attention_mask
         if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
             raise FocusConfigError(bad_value("attention_mask", mask.dtype, "torch.bool, or a floating dtype"))
@@ -141,7 +146,13 @@ def changed(problem: FocusProblem | None, **changes: Any) -> FocusProblem:
 
 
 # Dimensions that may be 1 and then hold for all
-_MAY_BE_ONE = {"span": (1,), "sharpness": (1,), "attention_mask": (0, 1, 2, 3), "position_bias": (0, 1, 2, 3)}
+_MAY_BE_ONE = {
+    "span": (1,),
+    "sharpness": (1,),
+    "rotation": (1,),
+    "attention_mask": (0, 1, 2, 3),
+    "position_bias": (0, 1, 2, 3),
+}
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], name: str) -> bool:

@@ -12,6 +12,7 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
 from .projections import find_projections
+from .rotary import hand_on_rotation
 from .routing import routed_class
 
 
@@ -188,6 +189,7 @@ def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
     """Put the branches on their modules."""
     for site in sites:
         site.module.add_module("focus", branches[site.path])
+        hand_on_rotation(site.module)
         if site.route is not None:
             branches[site.path].route = site.route
             site.module.__class__ = routed_class(type(site.module))

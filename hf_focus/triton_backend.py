@@ -104,6 +104,7 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
     full = (batch, heads, length, num_keys)
     bias = None if p.position_bias is None else p.position_bias.expand(full)
     mask, mask_strides = _mask(p, full)
+    rotation_strides = (0,) * 4 if p.rotation is None else p.rotation.expand(2, batch, length, dim).stride()
     additive = mask is not None and mask.dtype != torch.bool
     return {
         "query": p.query,
@@ -115,6 +116,7 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
         "matrix": matrix,
         "mix": p.mix if p.feedback == "normalized" else None,
         "gain": p.gain if p.feedback == "normalized" else None,
+        "rotation": p.rotation,
         # Triton has no pointers to single bits
         "mask": mask if additive or mask is None else mask.view(torch.uint8),
         "bias": bias,
@@ -125,6 +127,7 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
         "sharpness_strides": p.sharpness.expand(full[:3]).stride(),
         "readout_strides": (0,) * 4 if p.readout_weights is None else p.readout_weights.stride(),
         "matrix_strides": (0,) * 3 if matrix is None else matrix.stride(),
+        "rotation_strides": rotation_strides,
         "mask_strides": mask_strides,
         "bias_strides": (*((0,) * 4 if bias is None else bias.stride()), 0),
         "heads": heads,
@@ -243,6 +246,7 @@ def backward_arguments(
     work = blocks * batch * heads
     resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
     programs = min(work, resident)
+    matrix_row = dim if p.rotation is None else 2 * dim
     floats = p.max_iterations * config.block_q * (arguments["BLOCK_D"] + arguments["BLOCK_DV"] + 2)
     arguments |= {
         "iterations": iterations,
@@ -254,7 +258,8 @@ def backward_arguments(
         "d_span": empty("span", batch, heads, length),
         "d_sharpness": empty("sharpness", batch, heads, length),
         "d_readout": empty("readout_weights", batch, heads, length, p.max_iterations),
-        "d_matrix": zeros("feedback_matrix", heads, value_dim, dim),
+        "d_matrix": zeros("feedback_matrix", heads, value_dim, matrix_row),
+        "d_matrix_row": matrix_row,
         "d_mix": zeros("mix", heads),
         "d_gain": zeros("gain", heads),
         "d_bias": d_bias,

@@ -24,6 +24,7 @@ from .triton_tiles import (
     masked_scores,
     narrow,
     next_state,
+    rotation_tile,
     span_weight,
     store_tile,
     unit_gradient,
@@ -104,13 +105,25 @@ def query_of_step(
 
 
 @triton.jit
+def add_matrix_gradient(
+    d_matrix, output, d_fed, columns, value_columns, row_stride, D: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """oᵀ·∂(o·F), added to one head's (DV, D) at `d_matrix`, which other programs add to as well."""
+    d_tile = dot(tl.trans(narrow(output, d_fed.dtype)), d_fed, None, PRECISION)
+    places = value_columns[:, None] * row_stride + columns[None, :]
+    exists = (value_columns < DV)[:, None] & (columns < D)[None, :]
+    tl.atomic_add(d_matrix + places, d_tile, mask=exists, sem="relaxed")
+
+
+@triton.jit
 def backward_kernel(
-    query, key, value, span, sharpness, readout, matrix, mix, gain, mask, bias, iterations, grad,
+    query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias, iterations, grad,
     d_query, d_key, d_value, d_span, d_sharpness, d_readout, d_matrix, d_mix, d_gain, d_bias,
     scratch,
     query_strides, key_strides, value_strides, span_strides, sharpness_strides, readout_strides, matrix_strides,
-    mask_strides, bias_strides, grad_strides, d_bias_strides,
-    heads, groups, length, num_keys, offset, max_iterations, blocks, work,
+    rotation_strides, mask_strides, bias_strides, grad_strides, d_bias_strides,
+    d_matrix_row, heads, groups, length, num_keys, offset, max_iterations, blocks, work,
     scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr,
@@ -145,9 +158,11 @@ def backward_kernel(
         g_base = grad + batch * grad_strides[0] + head * grad_strides[1]
         kv_row = (batch * (heads // groups) + kv_head) * num_keys
         flat = (batch * heads + head) * length + rows
-        f_base, mask_base, bias_base = matrix, mask, bias
+        f_base, t_base, mask_base, bias_base = matrix, rotation, mask, bias
         if matrix is not None:
             f_base = matrix + head * matrix_strides[0]
+        if rotation is not None:
+            t_base = rotation + batch * rotation_strides[1]
         if mask is not None:
             mask_base = mask + batch * mask_strides[0] + head * mask_strides[1] + mask_strides[4]
         if bias is not None:
@@ -210,7 +225,10 @@ def backward_kernel(
             keep_tile(outputs, step, value_columns, attended, BLOCK_Q)
             tl.store(normalizers + step * BLOCK_Q + local, normalizer)
             if step + 1 < count:
-                fed = fed_back(attended, f_base, columns, value_columns, matrix_strides, D, DV, PRECISION)
+                fed = fed_back(
+                    attended, f_base, t_base, rows, valid, columns, value_columns, matrix_strides, rotation_strides, D,
+                    DV, PRECISION,
+                )  # fmt: skip
                 updated = next_state(first if ANCHORED else state, fed, alpha, D, NORMALIZED)
                 # A stopped query's further steps are never read, and must only stay finite
                 state = tl.where((step + 1 < made)[:, None], updated, state)
@@ -287,7 +305,10 @@ def backward_kernel(
                 # Back through qᵗ = update(qᵗ⁻¹, oᵗ⁻¹·F)
                 before = kept_tile(outputs, step - 1, value_columns, BLOCK_Q)
                 if NORMALIZED:
-                    fed = fed_back(before, f_base, columns, value_columns, matrix_strides, D, DV, PRECISION)
+                    fed = fed_back(
+                        before, f_base, t_base, rows, valid, columns, value_columns, matrix_strides, rotation_strides,
+                        D, DV, PRECISION,
+                    )  # fmt: skip
                     state = kept_tile(states, step, columns, BLOCK_Q)
                     along = tl.sum(d_asking * state, 1)
                     d_size += along * gains
@@ -314,13 +335,29 @@ def backward_kernel(
                     f_tile = load_tile(
                         f_base, value_columns, value_columns < DV, columns, matrix_strides[1], matrix_strides[2], D
                     )
+                    d_turned = d_fed
+                    if rotation is not None:
+                        d_fed = d_fed * rotation_tile(t_base, 0, rows, valid, columns, rotation_strides, D)
                     d_fed = narrow(d_fed, dtype)
                     d_attended = dot(d_fed, tl.trans(f_tile), None, PRECISION)
+                    places = d_matrix
                     if d_matrix is not None:
-                        d_tile = dot(tl.trans(narrow(before, dtype)), d_fed, None, PRECISION)
-                        places = head * DV * D + value_columns[:, None] * D + columns[None, :]
-                        exists = (value_columns < DV)[:, None] & (columns < D)[None, :]
-                        tl.atomic_add(d_matrix + places, d_tile, mask=exists, sem="relaxed")
+                        places = d_matrix + head * DV * d_matrix_row
+                        add_matrix_gradient(
+                            places, before, d_fed, columns, value_columns, d_matrix_row, D, DV, PRECISION
+                        )
+                    if rotation is not None:
+                        d_turned = d_turned * rotation_tile(t_base, 1, rows, valid, columns, rotation_strides, D)
+                        d_turned = narrow(d_turned, dtype)
+                        f_tile = load_tile(
+                            f_base + D * matrix_strides[2], value_columns, value_columns < DV, columns,
+                            matrix_strides[1], matrix_strides[2], D,
+                        )  # fmt: skip
+                        d_attended = dot(d_turned, tl.trans(f_tile), d_attended, PRECISION)
+                        if d_matrix is not None:
+                            add_matrix_gradient(
+                                places + D, before, d_turned, columns, value_columns, d_matrix_row, D, DV, PRECISION
+                            )
                 else:
                     d_attended = tl.where((columns < D)[None, :], d_fed, 0.0)
             step -= 1

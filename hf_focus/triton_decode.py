@@ -33,6 +33,13 @@ def direction(x, SIZE: tl.constexpr):
 
 
 @triton.jit
+def fed_through(output, matrix, columns, value_columns, strides, D: tl.constexpr, DV: tl.constexpr):
+    """o·F of one head, (columns,)."""
+    tile = load_tile(matrix, value_columns, value_columns < DV, columns, strides[1], strides[2], D)
+    return tl.sum(output[:, None] * tile.to(tl.float32), 0)
+
+
+@triton.jit
 def key_scores(
     asking, key, keys, high, columns, strides, position, span, sharp, mask, mask_strides, bias, bias_strides,
     scale, softcap, D: tl.constexpr, MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr,
@@ -51,10 +58,10 @@ def key_scores(
 
 @triton.jit
 def decode_kernel(
-    query, key, value, span, sharpness, readout, matrix, mix, gain, mask, bias,
+    query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias,
     output, entropy, coverage, iterations,
     query_strides, key_strides, value_strides, span_strides, sharpness_strides, readout_strides, matrix_strides,
-    mask_strides, bias_strides, output_strides,
+    rotation_strides, mask_strides, bias_strides, output_strides,
     heads, groups, num_keys, offset, max_iterations,
     scale, softcap, base_threshold, threshold_scale, coverage_threshold,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -127,11 +134,15 @@ def decode_kernel(
         going = (step < max_iterations).to(tl.int32) * (stopped == 0).to(tl.int32)
         if going > 0:
             if matrix is not None:
-                tile = load_tile(
-                    matrix + head * matrix_strides[0], value_columns, value_columns < DV, columns, matrix_strides[1],
-                    matrix_strides[2], D,
-                )  # fmt: skip
-                fed = tl.sum(attended[:, None] * tile.to(tl.float32), 0)
+                f_base = matrix + head * matrix_strides[0]
+                fed = fed_through(attended, f_base, columns, value_columns, matrix_strides, D, DV)
+                if rotation is not None:
+                    turning = f_base + D * matrix_strides[2]
+                    turned = fed_through(attended, turning, columns, value_columns, matrix_strides, D, DV)
+                    cos = rotation + batch * rotation_strides[1] + columns * rotation_strides[3]
+                    fed = fed * tl.load(cos, mask=columns < D, other=0.0).to(tl.float32)
+                    sines = tl.load(cos + rotation_strides[0], mask=columns < D, other=0.0).to(tl.float32)
+                    fed += turned * sines
             else:
                 fed = tl.where(columns < D, attended, 0.0)
             base = first if ANCHORED else state

@@ -45,6 +45,7 @@ def forward_kernel(
     matrix,
     mix,
     gain,
+    rotation,
     mask,
     bias,
     output,
@@ -58,6 +59,7 @@ def forward_kernel(
     sharpness_strides,
     readout_strides,
     matrix_strides,
+    rotation_strides,
     mask_strides,
     bias_strides,
     output_strides,
@@ -114,6 +116,8 @@ def forward_kernel(
         readout += batch * readout_strides[0] + head * readout_strides[1]
     if matrix is not None:
         matrix += head * matrix_strides[0]
+    if rotation is not None:
+        rotation += batch * rotation_strides[1]
     if mask is not None:
         mask += batch * mask_strides[0] + head * mask_strides[1] + mask_strides[4]
     if bias is not None:
@@ -191,7 +195,10 @@ def forward_kernel(
         step += 1
         going = (step < max_iterations).to(tl.int32) * tl.max(running.to(tl.int32))
         if going > 0:
-            fed = fed_back(attended, matrix, columns, value_columns, matrix_strides, D, DV, PRECISION)
+            fed = fed_back(
+                attended, matrix, rotation, rows, valid, columns, value_columns, matrix_strides, rotation_strides, D,
+                DV, PRECISION,
+            )  # fmt: skip
             updated = next_state(first if ANCHORED else state, fed, alpha, D, NORMALIZED)
             state = tl.where(running[:, None], updated, state)
             asked = updated * size if NORMALIZED else updated

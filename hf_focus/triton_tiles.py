@@ -158,13 +158,30 @@ def unit_gradient(grad, direction, inverse, SIZE: tl.constexpr):
 
 
 @triton.jit
+def rotation_tile(rotation, part, rows, valid, columns, strides, D: tl.constexpr):
+    """Cosines (part 0) or sines (part 1) of some rows of one sequence, (rows, columns), float32."""
+    return load_tile(rotation + part * strides[0], rows, valid, columns, strides[2], strides[3], D).to(tl.float32)
+
+
+@triton.jit
 def fed_back(
-    output, matrix, columns, value_columns, matrix_strides, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr
-):
-    """oᵗ·F, (rows, columns). `matrix` of one head, or None: the identity, where both paddings are equally wide."""
+    output, matrix, rotation, rows, valid, columns, value_columns, matrix_strides, rotation_strides, D: tl.constexpr,
+    DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """oᵗ·F, (rows, columns), rotated unless `rotation`, of one sequence, is None. `matrix` of one head, or None: the
+    identity, where both paddings are equally wide. The rotation is read anew each time, which costs no registers."""
     if matrix is not None:
-        tile = load_tile(matrix, value_columns, value_columns < DV, columns, matrix_strides[1], matrix_strides[2], D)
-        return dot(narrow(output, matrix.dtype.element_ty), tile, None, PRECISION)
+        narrowed = narrow(output, matrix.dtype.element_ty)
+        exist = value_columns < DV
+        tile = load_tile(matrix, value_columns, exist, columns, matrix_strides[1], matrix_strides[2], D)
+        fed = dot(narrowed, tile, None, PRECISION)
+        if rotation is not None:
+            fed = fed * rotation_tile(rotation, 0, rows, valid, columns, rotation_strides, D)
+            turning = matrix + D * matrix_strides[2]
+            tile = load_tile(turning, value_columns, exist, columns, matrix_strides[1], matrix_strides[2], D)
+            turned = dot(narrowed, tile, None, PRECISION)
+            fed += turned * rotation_tile(rotation, 1, rows, valid, columns, rotation_strides, D)
+        return fed
     return tl.where((columns < D)[None, :], output, 0.0)
 
 

@@ -53,6 +53,7 @@ class Case:
     mask: str = "none"
     bias: bool = False
     learned: bool = True
+    rotated: bool = False
     readout: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -82,6 +83,10 @@ class Case:
             arguments["feedback_matrix"] = normal(heads, self.value_dim, self.dim)
             arguments["mix"] = normal(heads).sigmoid()
             arguments["gain"] = (normal(heads) / 4).exp()
+        if self.rotated:
+            rows = 1 if self.seed % 2 else self.batch
+            arguments["feedback_matrix"] = normal(heads, self.value_dim, 2 * self.dim)
+            arguments["rotation"] = normal(2, rows, self.length, self.dim)
         if self.bias:
             arguments["position_bias"] = normal(1, heads, self.length, self.num_keys)
         if self.mask == "bool":
@@ -131,6 +136,7 @@ def cases(draw: st.DrawFn, longest: int, widest: int) -> Case:
         mask=draw(st.sampled_from(["none", "bool", "additive", "padding"])),
         bias=draw(st.booleans()),
         learned=draw(st.booleans()),
+        rotated=draw(st.booleans()),
         readout=draw(st.booleans()),
         options=tuple(options.items()),
     )

@@ -30,12 +30,17 @@ def rms(x: list[float]) -> float:
 
 
 def brute_update(
-    first: list[float], query: list[float], output: list[float], head: int, arguments: dict[str, Any]
+    first: list[float], query: list[float], output: list[float], at: tuple[int, int, int], arguments: dict[str, Any]
 ) -> list[float]:
     """The next query, as the docstrings say it."""
+    row, head, place = at
     if "feedback_matrix" in arguments:
         matrix = arguments["feedback_matrix"][head].tolist()
-        fed = [sum(output[i] * matrix[i][j] for i in range(len(output))) for j in range(len(query))]
+        fed = [sum(output[i] * matrix[i][j] for i in range(len(output))) for j in range(len(matrix[0]))]
+        if "rotation" in arguments:
+            cos, sin = arguments["rotation"].expand(-1, len(arguments["query"]), -1, -1)[:, row, place].tolist()
+            turned = zip(cos, fed[: len(query)], sin, fed[len(query) :], strict=True)
+            fed = [c * straight + s * sideways for c, straight, s, sideways in turned]
     else:
         fed = [output[j] if j < len(output) else 0.0 for j in range(len(query))]
     base = first if arguments["anchored"] else query
@@ -111,7 +116,7 @@ def brute_query(b: int, h: int, t: int, arguments: dict[str, Any]) -> tuple[list
             if base > 0:
                 margin = min(margin, abs(change * (1 - arguments["threshold_scale"]) - base))
             margin = min([margin, *(abs(w - threshold) for w in weights)])
-            query = brute_update(first, query, output, h, arguments)
+            query = brute_update(first, query, output, (b, h, t), arguments)
         outputs.append(output)
     if "readout_weights" in arguments:
         shares = arguments["readout_weights"][b, h, t].tolist()

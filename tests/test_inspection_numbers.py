@@ -60,6 +60,7 @@ def problem(seed: int = 0, **changes: Any) -> FocusProblem:
         "feedback_matrix": normal(heads, value_dim, dim),
         "mix": normal(heads).sigmoid(),
         "gain": normal(heads).exp(),
+        "rotation": None,
         "attention_mask": (torch.rand(1, 1, length, length, generator=noise) < 0.8) | torch.eye(length).bool(),
         "position_bias": normal(1, heads, length, length),
         "is_causal": True,

@@ -57,10 +57,11 @@ def by_attention(problem: dict[str, Any], span: Tensor, shorter: Tensor, tempera
     shared=st.booleans(),
     feedback=st.sampled_from(["normalized", "additive"]),
     anchored=st.booleans(),
+    rotated=st.booleans(),
 )
 def test_it_is_what_attention_keeps(
     seed: int, is_causal: bool, earlier: int, max_span: int, masked: str, biased: bool, softcap: float | None,
-    shared: bool, feedback: str, anchored: bool,
+    shared: bool, feedback: str, anchored: bool, rotated: bool,
 ) -> None:  # fmt: skip
     noise = torch.Generator().manual_seed(seed)
 
@@ -79,9 +80,10 @@ def test_it_is_what_attention_keeps(
         "key": key,
         "value": torch.eye(num_keys, dtype=key.dtype).expand(2, KV_HEADS, -1, -1),
         "readout_weights": rand(2, HEADS, LENGTH, 3).softmax(-1),
-        "feedback_matrix": rand(HEADS, num_keys, DIM) - 0.5,
+        "feedback_matrix": rand(HEADS, num_keys, (1 + rotated) * DIM) - 0.5,
         "mix": rand(HEADS),
         "gain": 0.5 + rand(HEADS),
+        "rotation": rand(2, 1, LENGTH, DIM) - 0.5 if rotated else None,
         "attention_mask": None if masked == "no" else mask,
         "position_bias": rand(1, HEADS, LENGTH, num_keys) if biased else None,
         "is_causal": is_causal,

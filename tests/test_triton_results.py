@@ -103,6 +103,9 @@ CASES = {
     "left padding": replace(BASE, batch=2, mask="padding"),
     "soft cap": with_options(replace(BASE, bias=True), softcap=1.5),
     "one iteration": with_options(BASE, max_iterations=1),
+    "rotated": replace(BASE, rotated=True, batch=2),
+    "rotated, D 20, Dv 70": replace(BASE, rotated=True, dim=20, value_dim=70),
+    "decode, rotated": replace(BASE, rotated=True, length=1, batch=2, dim=20, seed=5),
     "ten iterations": with_options(BASE, max_iterations=10, base_threshold=0.0),
 }
 

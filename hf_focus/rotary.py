@@ -1,0 +1,151 @@
+"""Rotary positions (2104.09864): how a layer's queries are rotated, told to the attention function of that layer.
+
+transformers rotates queries before it calls an attention function, which sees no angles. A hook before the layer's
+forward hands them on, as the keyword `focus_rotation`; no forward is copied, and nothing is kept between calls.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+KEYWORD = "focus_rotation"
+_ROTATES = "apply_rotary_pos_emb"
+# Attention that rotates on some conditions only, of the layer or its config; it is left as if it did not
+CONDITIONAL = frozenset(
+    {
+        "AfmoeAttention",
+        "Cohere2Attention",
+        "Cohere2MoeAttention",
+        "EsmSelfAttention",
+        "EvollaSaProtSelfAttention",
+        "Exaone4Attention",
+        "Exaone4_5_Attention",
+        "ExaoneMoeAttention",
+        "FlintAttention",
+        "Kolibri1Attention",
+        "SmolLM3Attention",
+        "Zamba2Attention",
+    }
+)
+
+
+class Rotation(NamedTuple):
+    """Of some queries.
+
+    cos, sin: (B or 1, T, R); the first R of a head's features are rotated, the others stay.
+    pairs: which features are rotated together: `"halves"` (i and i + R/2) or `"neighbours"` (2·i and 2·i + 1).
+    repeated: whether an angle's second copy is beside the first, and not R/2 further on as in `cos` and `sin`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    pairs: str = "halves"
+    repeated: bool = False
+
+    def values(self, head_dim: int, device: torch.device | None = None) -> Tensor:
+        """Cosines and sines of every feature, (2, B or 1, T, D); 1 and 0 for those that stay."""
+        both, size = torch.stack([self.cos, self.sin]).to(device), self.cos.shape[-1]
+        if self.repeated:
+            both = both[..., : size // 2].repeat_interleave(2, dim=-1)
+        if size == head_dim:
+            return both
+        return torch.stack([pad(both[0], (0, head_dim - size), value=1.0), pad(both[1], (0, head_dim - size))])
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Each pair of features of `x` (..., D) turned by a right angle; 0 for those that stay."""
+        size = self.cos.shape[-1]
+        moved = x[..., :size]
+        if self.pairs == "halves":
+            first, second = moved.chunk(2, dim=-1)
+            turned = torch.cat([-second, first], dim=-1)
+        else:
+            turned = torch.stack([-moved[..., 1::2], moved[..., ::2]], dim=-1).flatten(-2)
+        return turned if size == x.shape[-1] else pad(turned, (0, x.shape[-1] - size))
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Queries (B, H, T, D) as they were before they were rotated (times the square of what scales cos and sin)."""
+        cos, sin = self.values(x.shape[-1], x.device).to(x.dtype)[:, :, None]
+        return x * cos - self.turn(x) * sin
+
+
+@dataclass(frozen=True)
+class RotationHook:
+    """Before an attention layer's forward: hands on the angles that it is called with, if it is.
+
+    Args:
+        place: of `position_embeddings` among the positional arguments.
+        pairs, repeated: see `Rotation`.
+    """
+
+    place: int
+    pairs: str
+    repeated: bool
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = args[self.place] if len(args) > self.place else kwargs.get("position_embeddings")
+        pair = isinstance(given, (tuple, list)) and len(given) == 2
+        if not pair or not all(isinstance(x, Tensor) and x.ndim == 3 for x in given):
+            return None
+        return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.repeated)}
+
+
+def hand_on_rotation(module: nn.Module) -> None:
+    """Give an attention module its `RotationHook`, if it rotates its queries in a way that is known here."""
+    forward = inspect.unwrap(type(module).forward)
+    rotate = getattr(forward, "__globals__", {}).get(_ROTATES)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    if rotate is None or _ROTATES not in names or type(module).__name__ in CONDITIONAL:
+        return
+    # Latent attention rotates the last features of a head and not the first
+    if hasattr(module, "qk_rope_head_dim"):
+        return
+    parameters = inspect.signature(type(module).forward).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = find_pairs(rotate)
+    if known is None or not takes_more or "position_embeddings" not in parameters:
+        return
+    # The first parameter is `self`
+    place = list(parameters).index("position_embeddings") - 1
+    module.register_forward_pre_hook(RotationHook(place, *known), with_kwargs=True)
+
+
+def keep_rotation(module: nn.Module) -> None:
+    """Take the hook off again."""
+    hooks = module._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if isinstance(hook, RotationHook)]:
+        del hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def find_pairs(rotate: Callable[..., Any], size: int = 8) -> tuple[str, bool] | None:
+    """`pairs` and `repeated` of a model's own function, found by what it does to numbers; None: something else.
+
+    Args:
+        rotate: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R).
+    """
+    with torch.device("cpu"), torch.no_grad():
+        # A query a feature: what becomes of it is a row of the rotation's matrix
+        features = torch.eye(size)[None, None]
+        cos, sin = (torch.linspace(a, b, size // 2).repeat(2) for a, b in ((0.2, 0.9), (0.3, 0.8)))
+        angles = [x.expand(1, size, size) for x in (cos, sin)]
+        # Some take queries and keys, some one of them
+        together = "cos" not in list(inspect.signature(rotate).parameters)[:2]
+        try:
+            found = rotate(features, features, *angles)[0] if together else rotate(features, *angles)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return None
+        for pairs in ("halves", "neighbours"):
+            for repeated in (False, True):
+                rotation = Rotation(cos[None, None], sin[None, None], pairs, repeated)
+                along, across = rotation.values(size)
+                expected = features * along + rotation.turn(features) * across
+                if found.shape == expected.shape and torch.allclose(found, expected):
+                    return pairs, repeated
+    return None
