@@ -33,7 +33,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 # What rows had that were made before it could be chosen
 EARLIER = {"qk_norm": False}
-_FOCUS_DEFAULTS = FocusConfig().to_dict()
+EARLIER_FOCUS = {**FocusConfig().to_dict(), "rotate_feedback": False}
 
 
 def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
@@ -43,7 +43,7 @@ def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:
 
 def find_record(row: Row, finished: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The last of `finished` that is this row. Settings of FocusA and of the task that did not exist when it was made
-    had what is now their default: new ones start as what was there before."""
+    had what is in `EARLIER_FOCUS`, and in the task's defaults: new ones start as what was there before."""
     key = row.key
     focus, settings, defaults = key.pop("focus") or {}, key.pop("settings"), find_task(row.task).settings
     for other in reversed(list(finished)):
@@ -52,7 +52,7 @@ def find_record(row: Row, finished: Iterable[dict[str, Any]]) -> dict[str, Any] 
             not focus
         )
         same = same and {**defaults, **other.get("settings", {})} == settings
-        if same and (known is None or {**_FOCUS_DEFAULTS, **known} == focus):
+        if same and (known is None or {**EARLIER_FOCUS, **known} == focus):
             return other
     return None
 
