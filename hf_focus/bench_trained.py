@@ -14,7 +14,7 @@ from .stdlib_text import is_held_out, stdlib_files
 BATCH = 2
 BYTES = 256
 # What of a problem is kept: all that a query's number of attentions depends on
-PER_TOKEN = ("query", "key", "value", "span", "sharpness", "readout_weights")
+PER_TOKEN = ("query", "key", "value", "span", "sharpness", "readout_weights", "rotation")
 PER_HEAD = ("feedback_matrix", "mix", "gain")
 
 
@@ -32,7 +32,7 @@ def trained_inputs(
         steps: of training.
 
     Returns:
-        The file: tensors (1, heads, length, …) and (heads, …) by name.
+        The file: tensors (1, heads, length, …) and (heads, …) by name; the rotation is (2, 1, length, head_dim).
     """
     file = path / f"trained-{heads}x{head_dim}-span{span}-iterations{iterations}-steps{steps}-{length}.pt"
     if file.is_file():

@@ -57,6 +57,7 @@ ELSEWHERE = {
     "span_penalty": "test_penalty.py",
     "backend": "test_backends_agree",
     "feedback_through": "test_projections.py",
+    "rotate_feedback": "test_rotary.py",
     "layers": "test_architectures.py",
     "modules": "test_patching.py",
     "local_start": "test_local_start",

@@ -124,7 +124,7 @@ def test_observed_problems_are_the_layers_own(backend: str) -> None:
         solved = focus_attention(
             **{
                 tensor: getattr(p, tensor)
-                for tensor in ("query", "key", "value", "span", "feedback_matrix", "mix", "gain")
+                for tensor in ("query", "key", "value", "span", "feedback_matrix", "mix", "gain", "rotation")
             },
             temperature=p.sharpness.reciprocal(),
             max_span=p.max_span,

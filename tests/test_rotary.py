@@ -102,7 +102,7 @@ def test_attention_that_rotates_on_a_condition_is_known() -> None:
         for match in condition.finditer(code) if "apply_rotary_pos_emb(" in code else ():
             current = match[1] or current
             # Without angles there is no rotation to hand on; FocusA does not go on cross-attention
-            if match[2] not in (None, "position_embeddings is not None", "not is_cross_attention"):
+            if match[2] not in (None, *NO_ANGLES, "not is_cross_attention"):
                 found.add(current)
     assert "SmolLM3Attention" in found
     assert found <= CONDITIONAL
