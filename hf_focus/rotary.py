@@ -7,6 +7,7 @@ forward hands them on, as the keyword `focus_rotation`; no forward is copied, an
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -37,35 +38,43 @@ CONDITIONAL = frozenset(
 class Rotation(NamedTuple):
     """Of some queries.
 
-    cos, sin: (B or 1, T, R); the first R of a head's features are rotated, the others stay.
+    cos, sin: (B or 1, T, R), or R/2 of them. The first R of a head's features are rotated, the others stay.
     pairs: which features are rotated together: `"halves"` (i and i + R/2) or `"neighbours"` (2·i and 2·i + 1).
-    repeated: whether an angle's second copy is beside the first, and not R/2 further on as in `cos` and `sin`.
+    angles: how `cos` and `sin` hold them: `"each"` feature's, `"twice"` (their second half is not read, and an angle
+        is that of two neighbours) or `"once"` a pair.
     """
 
     cos: Tensor
     sin: Tensor
     pairs: str = "halves"
-    repeated: bool = False
+    angles: str = "each"
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return self.cos.shape[-1] * (2 if self.angles == "once" else 1)
 
     def values(self, head_dim: int, device: torch.device | None = None) -> Tensor:
         """Cosines and sines of every feature, (2, B or 1, T, D); 1 and 0 for those that stay."""
-        both, size = torch.stack([self.cos, self.sin]).to(device), self.cos.shape[-1]
-        if self.repeated:
-            both = both[..., : size // 2].repeat_interleave(2, dim=-1)
-        if size == head_dim:
-            return both
-        return torch.stack([pad(both[0], (0, head_dim - size), value=1.0), pad(both[1], (0, head_dim - size))])
+        both = torch.stack([self.cos, self.sin]).to(device)
+        if self.angles == "twice":
+            both = both[..., : self.size // 2].repeat_interleave(2, dim=-1)
+        elif self.angles == "once" and self.pairs == "halves":
+            both = torch.cat([both, both], dim=-1)
+        elif self.angles == "once":
+            both = both.repeat_interleave(2, dim=-1)
+        rest = head_dim - self.size
+        return both if rest == 0 else torch.stack([pad(both[0], (0, rest), value=1.0), pad(both[1], (0, rest))])
 
     def turn(self, x: Tensor) -> Tensor:
         """Each pair of features of `x` (..., D) turned by a right angle; 0 for those that stay."""
-        size = self.cos.shape[-1]
-        moved = x[..., :size]
+        moved = x[..., : self.size]
         if self.pairs == "halves":
             first, second = moved.chunk(2, dim=-1)
             turned = torch.cat([-second, first], dim=-1)
         else:
             turned = torch.stack([-moved[..., 1::2], moved[..., ::2]], dim=-1).flatten(-2)
-        return turned if size == x.shape[-1] else pad(turned, (0, x.shape[-1] - size))
+        return turned if self.size == x.shape[-1] else pad(turned, (0, x.shape[-1] - self.size))
 
     def undo(self, x: Tensor) -> Tensor:
         """Queries (B, H, T, D) as they were before they were rotated (times the square of what scales cos and sin)."""
@@ -79,12 +88,12 @@ class RotationHook:
 
     Args:
         place: of `position_embeddings` among the positional arguments.
-        pairs, repeated: see `Rotation`.
+        pairs, angles: see `Rotation`.
     """
 
     place: int
     pairs: str
-    repeated: bool
+    angles: str
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -93,7 +102,7 @@ class RotationHook:
         pair = isinstance(given, (tuple, list)) and len(given) == 2
         if not pair or not all(isinstance(x, Tensor) and x.ndim == 3 for x in given):
             return None
-        return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.repeated)}
+        return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
 
 
 def hand_on_rotation(module: nn.Module) -> None:
@@ -108,12 +117,17 @@ def hand_on_rotation(module: nn.Module) -> None:
         return
     parameters = inspect.signature(type(module).forward).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = find_pairs(rotate)
+    known = find_layout(rotate)
     if known is None or not takes_more or "position_embeddings" not in parameters:
         return
     # The first parameter is `self`
     place = list(parameters).index("position_embeddings") - 1
     module.register_forward_pre_hook(RotationHook(place, *known), with_kwargs=True)
+
+
+def has_known_rotation(module: nn.Module) -> bool:
+    """Whether an attention module has its hook."""
+    return any(isinstance(hook, RotationHook) for hook in module._forward_pre_hooks.values())
 
 
 def keep_rotation(module: nn.Module) -> None:
@@ -124,28 +138,31 @@ def keep_rotation(module: nn.Module) -> None:
         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def find_pairs(rotate: Callable[..., Any], size: int = 8) -> tuple[str, bool] | None:
-    """`pairs` and `repeated` of a model's own function, found by what it does to numbers; None: something else.
+def find_layout(rotate: Callable[..., Any], size: int = 8) -> tuple[str, str] | None:
+    """`pairs` and `angles` of a model's own function, found by what it does to numbers; None: something else.
 
     Args:
-        rotate: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R).
+        rotate: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R or R/2).
     """
+    # Some take queries and keys, some one of them
+    together = "cos" not in list(inspect.signature(rotate).parameters)[:2]
     with torch.device("cpu"), torch.no_grad():
         # A query a feature: what becomes of it is a row of the rotation's matrix
         features = torch.eye(size)[None, None]
-        cos, sin = (torch.linspace(a, b, size // 2).repeat(2) for a, b in ((0.2, 0.9), (0.3, 0.8)))
-        angles = [x.expand(1, size, size) for x in (cos, sin)]
-        # Some take queries and keys, some one of them
-        together = "cos" not in list(inspect.signature(rotate).parameters)[:2]
-        try:
-            found = rotate(features, features, *angles)[0] if together else rotate(features, *angles)
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return None
-        for pairs in ("halves", "neighbours"):
-            for repeated in (False, True):
-                rotation = Rotation(cos[None, None], sin[None, None], pairs, repeated)
-                along, across = rotation.values(size)
-                expected = features * along + rotation.turn(features) * across
-                if found.shape == expected.shape and torch.allclose(found, expected):
-                    return pairs, repeated
+        once = [torch.linspace(a, b, size // 2).expand(1, size, -1) for a, b in ((0.2, 0.9), (0.3, 0.8))]
+        for angles, pairs in product(("each", "twice", "once"), ("halves", "neighbours")):
+            # Of two neighbours both are the same
+            beside = angles == "each" and pairs == "neighbours"
+            repeated = [x.repeat_interleave(2, dim=-1) if beside else x.repeat(1, 1, 2) for x in once]
+            rotation = Rotation(*(once if angles == "once" else repeated), pairs, angles)
+            given = (features, features) if together else (features,)
+            try:
+                found = rotate(*given, rotation.cos, rotation.sin)
+            except (TypeError, ValueError, RuntimeError, IndexError):
+                continue
+            found = found[0] if together else found
+            cos, sin = rotation.values(size)
+            expected = features * cos + rotation.turn(features) * sin
+            if found.shape == expected.shape and torch.allclose(found, expected):
+                return pairs, angles
     return None

@@ -7,7 +7,18 @@ from typing import Any
 from hf_focus.architecture import declared_architectures
 from hf_focus.support import auto_model_types
 
-PROPERTIES = ("whole", "identity", "scores", "removal", "saving", "causality", "padding", "cache", "gradients")
+PROPERTIES = (
+    "whole",
+    "identity",
+    "scores",
+    "removal",
+    "saving",
+    "causality",
+    "padding",
+    "place",
+    "cache",
+    "gradients",
+)
 MARKS = {"yes": "✓", "no:": "✗", "-: ": "–"}
 # What a type must have for us to say that it works
 NEEDED = ("whole", "identity", "removal", "saving")
@@ -26,6 +37,7 @@ as a tiny model with random weights in float32. {works} of {total} work: {causal
 | saving | saved and loaded: all weights bit-equal, outputs equal |
 | causality | changing a token changes nothing before it |
 | padding | padding on the left changes no logits |
+| place | the same text further on gives the same logits (–: also where a layer's rotation is not known) |
 | cache | in chunks and token by token with a cache, logits are those without |
 | gradients | every weight of FocusA has a finite gradient that is not zero |
 

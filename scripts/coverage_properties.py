@@ -30,6 +30,7 @@ from hf_focus import apply_focus, record_focus, remove_focus
 from hf_focus.architecture import Architecture
 from hf_focus.discovery import interface_call
 from hf_focus.masks import is_visible
+from hf_focus.rotary import has_known_rotation
 
 
 def check_whole(case: Case) -> None:
@@ -186,6 +187,35 @@ def check_padding(case: Case) -> None:
     assert found <= TOLERANCE, f"padding on the left changes logits by {found:.1e}"
 
 
+def check_place(case: Case) -> None:
+    """The same text further on, where every layer's rotation is known or the model has no positions."""
+    if case.ids != "input_ids" or not _takes_positions(case.plain):
+        raise NotHere("it takes no positions")
+    ids = tokens(1, 12)
+
+    def gap(model: PreTrainedModel) -> float:
+        mask = torch.ones_like(ids)
+        near, far = (
+            logits(model, input_ids=ids, attention_mask=mask, position_ids=torch.arange(12)[None] + start)
+            for start in (0, 40)
+        )
+        return (near - far).abs().max().item() / max(1.0, near.abs().max().item())
+
+    try:
+        base = gap(case.plain)
+    except NotHere:
+        raise
+    except Exception as error:
+        raise NotHere(f"the base model does not run on text alone ({short(error)[:80]})") from error
+    if base > TOLERANCE:
+        raise NotHere("the place changes the base model too")
+    found = gap(case.acting())
+    known = all(has_known_rotation(module) for module in case.model.modules() if hasattr(module, "focus"))
+    if found > TOLERANCE and not known:
+        raise NotHere("a rotation that is not known")
+    assert found <= TOLERANCE, f"the place in the text changes logits by {found:.1e}"
+
+
 def _takes_positions(model: PreTrainedModel) -> bool:
     takes = inspect.signature(model.forward).parameters
     return "position_ids" in takes or ("kwargs" in takes and not hasattr(model.config, "n_positions"))
@@ -269,6 +299,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "saving": check_saving,
     "causality": check_causality,
     "padding": check_padding,
+    "place": check_place,
     "cache": check_cache,
     "gradients": check_gradients,
 }

@@ -14,16 +14,17 @@ from torch import nn
 
 from hf_focus import FocusConfig, apply_focus, remove_focus
 from hf_focus.branch import FocusBranch
-from hf_focus.rotary import CONDITIONAL, Rotation, RotationHook, find_pairs
+from hf_focus.rotary import CONDITIONAL, Rotation, RotationHook, find_layout
 
 # Model types with each of the ways to lay out pairs and angles, and to rotate a part of a head
 LAYOUTS = {
-    "llama": ("halves", False),
-    "gpt_neox": ("halves", False),
-    "gemma4": ("halves", False),
-    "cohere": ("neighbours", False),
-    "glm": ("neighbours", True),
-    "helium": ("neighbours", True),
+    "llama": ("halves", "each"),
+    "gpt_neox": ("halves", "each"),
+    "gemma4": ("halves", "each"),
+    "gpt_oss": ("halves", "once"),
+    "cohere": ("neighbours", "each"),
+    "glm": ("neighbours", "twice"),
+    "helium": ("neighbours", "twice"),
 }
 ROTARY = {name for name in CAUSAL_LMS + ENCODERS if name not in ("gpt2", "opt", "bert", "roberta", "distilbert")}
 FAR = 500
@@ -33,9 +34,10 @@ NO_ANGLES = ("position_embeddings is not None", "self.rotary_emb is not None")
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_rotation_is_the_models_own(model_type: str) -> None:
     rotate = import_module(f"transformers.models.{model_type}.modeling_{model_type}").apply_rotary_pos_emb
-    assert find_pairs(rotate) == LAYOUTS[model_type]
+    assert find_layout(rotate) == LAYOUTS[model_type]
     query, angle = torch.randn(2, 3, 5, 12), torch.rand(2, 5, 4)
-    angle = angle.repeat_interleave(2, dim=-1) if model_type == "cohere" else angle.repeat(1, 1, 2)
+    if model_type != "gpt_oss":
+        angle = angle.repeat_interleave(2, dim=-1) if model_type == "cohere" else angle.repeat(1, 1, 2)
     rotation = Rotation(angle.cos(), angle.sin(), *LAYOUTS[model_type])
     rows = (query[..., :8],) if model_type == "gemma4" else (query[..., :8],) * 2
     own = rotate(*rows, angle.cos(), angle.sin())
@@ -48,8 +50,8 @@ def test_rotation_is_the_models_own(model_type: str) -> None:
 
 
 def test_another_function_is_no_rotation() -> None:
-    assert find_pairs(lambda query, key, cos, sin: (query * cos, key * cos)) is None
-    assert find_pairs(lambda query, key: (query, key)) is None
+    assert find_layout(lambda query, key, cos, sin: (query * cos, key * cos)) is None
+    assert find_layout(lambda query, key: (query, key)) is None
 
 
 @pytest.mark.parametrize("through", ["features", "layer"])
