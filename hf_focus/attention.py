@@ -49,6 +49,7 @@ def focus_attention(
     max_iterations: int = 4,
     feedback: str = "normalized",
     anchored: bool = False,
+    rotary_pairs: str = "halves",
     stop: str = "absolute",
     base_threshold: float = 1e-4,
     threshold_scale: float = 0.1,
@@ -70,8 +71,8 @@ def focus_attention(
         temperature: τ > 0 (B, H or 1, T); None: 1.
         readout_weights: λ (B, H, T, max_iterations): the result is Σₜ λₜ·oᵗ; None: the last oᵗ.
         feedback_matrix, mix, gain: F (H, Dv, D), α (H,), gain (H,), see `iteration.feed_back`.
-        rotation: cosines and sines of the queries' rotary positions, (2, B or 1, T, D), by which what is fed back is
-            rotated; F is then (H, Dv, 2·D), see `iteration.rotate`. Not differentiated.
+        rotation: cosines and sines of the queries' rotary positions, (2, B or 1, T, R), by which what is fed back is
+            rotated, see `iteration.rotate`; None: it is not. Not differentiated.
         attention_mask: broadcastable to (B, H, T, S); bool (True: may be seen) or added to the scores; or a
             `BandMask`.
         position_bias: broadcastable to (B, H, T, S), added to the scores; differentiable.
@@ -82,6 +83,7 @@ def focus_attention(
             caches), which is never read on the host. None: S − T if causal, else 0.
         max_span: no key at this distance or further is seen.
         ramp: width in tokens of the soft edge of the span.
+        rotary_pairs: of features, that `rotation` rotates together: `"halves"` or `"neighbours"`.
         max_iterations, feedback, anchored, stop, base_threshold, threshold_scale, coverage_threshold: see
             `FocusConfig`.
         need_statistics: whether entropy and coverage are computed.
@@ -122,6 +124,7 @@ def focus_attention(
         max_iterations=max_iterations,
         feedback=feedback,
         anchored=anchored,
+        rotary_pairs=rotary_pairs,
         stop=stop,
         base_threshold=base_threshold,
         threshold_scale=threshold_scale,

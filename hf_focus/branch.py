@@ -185,8 +185,9 @@ class FocusBranch(nn.Module):
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
         options = {
             "readout_weights": self._readout_weights(query, global_output, rotation),
-            "feedback_matrix": self._feedback_matrix(layer_feedback, rotation),
-            "rotation": None if rotation is None else rotation.values(self.head_dim, query.device),
+            "feedback_matrix": self._feedback_matrix(layer_feedback),
+            "rotation": None if rotation is None else rotation.values.to(query.device),
+            "rotary_pairs": "halves" if rotation is None else rotation.pairs,
             "mix": None if self.mix is None else _wide(self.mix).sigmoid(),
             "gain": None if self.log_gain is None else _wide(self.log_gain).exp(),
             "attention_mask": attention_mask,
@@ -282,12 +283,11 @@ class FocusBranch(nn.Module):
             logits = logits + _wide(torch.einsum("bthv,hvi->bhti", global_output, weight))
         return (logits + _wide(self.readout_bias)[:, None]).softmax(dim=-1)
 
-    def _feedback_matrix(self, of_layer: Tensor | None, rotation: Rotation | None) -> Tensor | None:
+    def _feedback_matrix(self, of_layer: Tensor | None) -> Tensor | None:
         if self.feedback_matrix is None:
             return None
         matrix = _wide(self.feedback_matrix)
-        matrix = matrix + (self._identity(matrix) if of_layer is None else of_layer)
-        return matrix if rotation is None else torch.cat([matrix, rotation.turn(matrix)], dim=-1)
+        return matrix + (self._identity(matrix) if of_layer is None else of_layer)
 
     def _identity(self, like: Tensor) -> Tensor:
         return torch.eye(self.value_head_dim, self.head_dim, dtype=like.dtype, device=like.device)

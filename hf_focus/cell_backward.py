@@ -145,11 +145,11 @@ class _FeedbackGradient:
 
     def _through_matrix(self, grad_fed: Tensor, output: Tensor) -> Tensor:
         c = self.c
+        if c.rotation is not None:
+            grad_fed = c.rotate(grad_fed, c.buffers("straight", *grad_fed.shape), back=True)
         if c.matrix is None:
             missing = output.shape[-1] - grad_fed.shape[-1]
             return torch.nn.functional.pad(grad_fed, (0, missing)) if missing >= 0 else grad_fed[..., :missing]
-        if c.turn is not None:
-            grad_fed = torch.cat([grad_fed * part for part in c.turn], dim=-1)
         if "feedback_matrix" in self.sums:
             grad = torch.bmm(output.flatten(0, 1).transpose(1, 2), grad_fed.flatten(0, 1))
             self.sums["feedback_matrix"].add_(grad.view(c.shape[0], c.shape[1], *grad.shape[1:]).sum(0))

@@ -77,8 +77,8 @@ class CellTensors:
             None if shared.matrix is None else shared.matrix.repeat(batch, 1, 1) if batch > 1 else shared.matrix
         )
         self.mix, self.gain = shared.mix, shared.gain
-        # (B or 1, 1, T, D) each
-        self.turn = None if p.rotation is None else p.rotation.to(dtype)[:, :, None].unbind(0)
+        # Cosines and sines, (B or 1, 1, T, R) each
+        self.rotation = None if p.rotation is None else p.rotation.to(dtype)[:, :, None].unbind(0)
 
     def by_group(self, x: Tensor) -> Tensor:
         """(B, H, T, …) -> (B·Hkv, H/Hkv·T, …)."""
@@ -90,19 +90,32 @@ class CellTensors:
 
     def feed(self, output: Tensor, buffer: Tensor) -> Tensor:
         """o·F, rotated if the problem says so, (B, H, T, D), in `buffer`."""
+        fed = buffer if self.rotation is None else self.buffers("straight", *buffer.shape)
         if self.matrix is None:
-            shared = min(output.shape[-1], buffer.shape[-1])
-            buffer[..., :shared] = output[..., :shared]
-            buffer[..., shared:] = 0
-        elif self.turn is None:
-            torch.bmm(output.flatten(0, 1), self.matrix, out=buffer.flatten(0, 1))
+            shared = min(output.shape[-1], fed.shape[-1])
+            fed[..., :shared] = output[..., :shared]
+            fed[..., shared:] = 0
         else:
-            both = self.buffers("both", *output.shape[:3], self.matrix.shape[-1])
-            torch.bmm(output.flatten(0, 1), self.matrix, out=both.flatten(0, 1))
-            straight, turned = both.chunk(2, dim=-1)
-            cos, sin = self.turn
-            torch.mul(straight, cos, out=buffer).addcmul_(turned, sin)
-        return buffer
+            torch.bmm(output.flatten(0, 1), self.matrix, out=fed.flatten(0, 1))
+        return fed if self.rotation is None else self.rotate(fed, buffer)
+
+    def rotate(self, x: Tensor, out: Tensor, back: bool = False) -> Tensor:
+        """`iteration.rotate` of `x` (B, H, T, D), in `out`; `back`: its transpose."""
+        cos, sin = self.rotation
+        size = cos.shape[-1]
+        # Of two features that turn together, each one's product goes to the other's place
+        halves = self.p.rotary_pairs == "halves"
+        ones, others = (slice(size // 2), slice(size // 2, size)) if halves else (slice(0, size, 2), slice(1, size, 2))
+        torch.mul(x[..., :size], cos, out=out[..., :size])
+        if back:
+            # The sine is of the place that a product comes from
+            out[..., ones].addcmul_(x[..., others], sin[..., others])
+            out[..., others].addcmul_(x[..., ones], sin[..., ones], value=-1)
+        else:
+            out[..., ones].addcmul_(x[..., others], sin[..., ones], value=-1)
+            out[..., others].addcmul_(x[..., ones], sin[..., others])
+        out[..., size:] = x[..., size:]
+        return out
 
     @cached_property
     def first(self) -> Scaled:

@@ -23,6 +23,7 @@ _SETTINGS = {
     "max_iterations": "int",
     "feedback": "str",
     "anchored": "bool",
+    "rotary_pairs": "str",
     "stop": "str",
     "base_threshold": "float",
     "threshold_scale": "float",

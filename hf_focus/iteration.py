@@ -7,6 +7,7 @@ from torch import Tensor
 
 FEEDBACKS = ("normalized", "additive")
 STOPS = ("absolute", "relative")
+ROTARY_PAIRS = ("halves", "neighbours")
 
 
 def soft_span_mask(distance: Tensor, span: Tensor, ramp: int, max_span: int) -> Tensor:
@@ -41,16 +42,25 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + unit_epsilon(x.dtype))
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Vectors at rotary positions (2104.09864), (B, H, T, D).
+def turn(x: Tensor, pairs: str) -> Tensor:
+    """Each pair of features of `x` (..., R) turned by a right angle: i and i + R/2 (`"halves"`), or 2·i and 2·i + 1
+    (`"neighbours"`). Its transpose is its negative."""
+    if pairs == "halves":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([-second, first], dim=-1)
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+def rotate(x: Tensor, rotation: Tensor, pairs: str) -> Tensor:
+    """`x` (B, H, T, D) at rotary positions (2104.09864).
 
     Args:
-        x: the vectors, and behind them the same with each pair of features turned by a right angle, (B, H, T, 2·D).
-        rotation: cosines and sines, (2, B or 1, T, D).
+        rotation: cosines and sines, (2, B or 1, T, R): of the first R features; the others stay.
+        pairs: see `turn`.
     """
-    straight, turned = x.chunk(2, dim=-1)
     cos, sin = rotation.to(x.dtype)[:, :, None]
-    return straight * cos + turned * sin
+    moved, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    return torch.cat([moved * cos + turn(moved, pairs) * sin, rest], dim=-1)
 
 
 class FedBack(NamedTuple):
@@ -70,6 +80,7 @@ def feed_back(
     feedback: str,
     anchored: bool,
     rotation: Tensor | None = None,
+    rotary_pairs: str = "halves",
 ) -> FedBack:
     """The next query, qᵗ⁺¹ = update(qᵗ, oᵗ·F).
 
@@ -81,11 +92,10 @@ def feed_back(
         last: the last step's query; the first query with direction None to begin with.
         first_query: (B, H, T, D).
         output: (B, H, T, Dv).
-        matrix: F (H, Dv, D), with a rotation (H, Dv, 2·D), see `rotate`; None: the identity, cut or filled with zeros
-            where Dv ≠ D.
+        matrix: F (H, Dv, D); None: the identity, cut or filled with zeros where Dv ≠ D.
         mix: α (H,) in (0, 1); None: one half. Read by `"normalized"` only.
         gain: (H,) > 0; None: one. Read by `"normalized"` only.
-        rotation: (2, B or 1, T, D): what is fed back is turned to the query's position.
+        rotation, rotary_pairs: what is fed back is rotated like this, see `rotate`; None: it is not.
     """
     if matrix is None:
         missing = first_query.shape[-1] - output.shape[-1]
@@ -93,7 +103,7 @@ def feed_back(
     else:
         fed = torch.einsum("bhtv,hvd->bhtd", output, matrix)
     if rotation is not None:
-        fed = rotate(fed, rotation)
+        fed = rotate(fed, rotation, rotary_pairs)
     if feedback == "additive":
         return FedBack((first_query if anchored else last.query) + fed, None)
     base = unit(first_query) if anchored or last.direction is None else last.direction

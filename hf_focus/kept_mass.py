@@ -46,6 +46,7 @@ def kept_mass(
     max_iterations: int,
     feedback: str,
     anchored: bool,
+    rotary_pairs: str,
 ) -> Tensor:
     """Share of the weights of the local attention at `span` that shorter spans keep behind their soft edge, over all
     iterations that are read out: iteration t counts as much as t and all that follow it have in the read-out, which
@@ -90,7 +91,8 @@ def kept_mass(
         summed = summed + needed[..., step, None] * weights
         if step + 1 < max_iterations:
             output = _by_group(weights, value)
-            state = feed_back(state, first, output, feedback_matrix, mix, gain, feedback, anchored, rotation)
+            options = (feedback_matrix, mix, gain, feedback, anchored, rotation, rotary_pairs)
+            state = feed_back(state, first, output, *options)
     # What a shorter span's edge leaves of a weight that this span's edge made
     summed = summed / needed.sum(-1, keepdim=True) / whole.masked_fill(whole == 0, 1)
     # Span by span: all at once would take A times the memory

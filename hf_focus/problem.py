@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .band_mask import BandMask
 from .errors import FocusConfigError, bad_value
-from .iteration import FEEDBACKS, STOPS
+from .iteration import FEEDBACKS, ROTARY_PAIRS, STOPS
 from .masks import as_additive, read_mask
 
 
@@ -61,6 +61,7 @@ class FocusProblem:
     max_iterations: int
     feedback: str
     anchored: bool
+    rotary_pairs: str
     stop: str
     base_threshold: float
     threshold_scale: float
@@ -96,10 +97,10 @@ class FocusProblem:
             "span": (batch, heads, length),
             "sharpness": (batch, heads, length),
             "readout_weights": (batch, heads, length, self.max_iterations),
-            "feedback_matrix": (heads, value_head_dim, head_dim if self.rotation is None else 2 * head_dim),
+            "feedback_matrix": (heads, value_head_dim, head_dim),
             "mix": (heads,),
             "gain": (heads,),
-            "rotation": (2, batch, length, head_dim),
+            "rotation": (2, batch, length, 0 if self.rotation is None else self.rotation.shape[-1]),
             "attention_mask": (batch, heads, length, num_keys),
             "position_bias": (batch, heads, length, num_keys),
         }
@@ -107,13 +108,13 @@ class FocusProblem:
             tensor = getattr(self, name)
             if tensor is not None and not _fits(tensor, shape, name):
                 raise FocusConfigError(bad_value(name, tuple(tensor.shape), _shown(shape, name)))
-        if self.rotation is not None and self.feedback_matrix is None:
-            accepted = f"({heads}, {value_head_dim}, {2 * head_dim}) with a rotation"
-            raise FocusConfigError(bad_value("feedback_matrix", None, accepted))
+        if self.rotation is not None and (self.rotation.shape[-1] > head_dim or self.rotation.shape[-1] % 2):
+            accepted = f"(2, {batch} or 1, {length}, R) with an even R <= {head_dim}"
+            raise FocusConfigError(bad_value("rotation", tuple(self.rotation.shape), accepted))
         mask = self.attention_mask
         if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
             raise FocusConfigError(bad_value("attention_mask", mask.dtype, "torch.bool, or a floating dtype"))
-        for name, options in (("feedback", FEEDBACKS), ("stop", STOPS)):
+        for name, options in (("feedback", FEEDBACKS), ("stop", STOPS), ("rotary_pairs", ROTARY_PAIRS)):
             if getattr(self, name) not in options:
                 raise FocusConfigError(bad_value(name, getattr(self, name), " or ".join(map(repr, options))))
         for name in ("max_span", "ramp", "max_iterations"):

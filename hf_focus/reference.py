@@ -51,7 +51,8 @@ def focus_reference(problem: FocusProblem) -> FocusOutput:
         outputs.append(output)
         change, size = (output - previous).abs().mean(dim=-1), output.abs().mean(dim=-1)
         stopped = has_converged(change, size, p.stop, p.base_threshold, p.threshold_scale)
-        state = feed_back(state, p.query, output, p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored, p.rotation)
+        options = (p.feedback_matrix, p.mix, p.gain, p.feedback, p.anchored, p.rotation, p.rotary_pairs)
+        state = feed_back(state, p.query, output, *options)
         previous = output
         running = running & ~stopped
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+
+from .iteration import ROTARY_PAIRS, rotate
 
 KEYWORD = "focus_rotation"
 _ROTATES = "apply_rotary_pos_emb"
@@ -39,7 +40,7 @@ class Rotation(NamedTuple):
     """Of some queries.
 
     cos, sin: (B or 1, T, R), or R/2 of them. The first R of a head's features are rotated, the others stay.
-    pairs: which features are rotated together: `"halves"` (i and i + R/2) or `"neighbours"` (2·i and 2·i + 1).
+    pairs: which features are rotated together, see `iteration.turn`.
     angles: how `cos` and `sin` hold them: `"each"` feature's, `"twice"` (their second half is not read, and an angle
         is that of two neighbours) or `"once"` a pair.
     """
@@ -50,36 +51,18 @@ class Rotation(NamedTuple):
     angles: str = "each"
 
     @property
-    def size(self) -> int:
-        """R."""
-        return self.cos.shape[-1] * (2 if self.angles == "once" else 1)
-
-    def values(self, head_dim: int, device: torch.device | None = None) -> Tensor:
-        """Cosines and sines of every feature, (2, B or 1, T, D); 1 and 0 for those that stay."""
-        both = torch.stack([self.cos, self.sin]).to(device)
-        if self.angles == "twice":
-            both = both[..., : self.size // 2].repeat_interleave(2, dim=-1)
-        elif self.angles == "once" and self.pairs == "halves":
-            both = torch.cat([both, both], dim=-1)
-        elif self.angles == "once":
-            both = both.repeat_interleave(2, dim=-1)
-        rest = head_dim - self.size
-        return both if rest == 0 else torch.stack([pad(both[0], (0, rest), value=1.0), pad(both[1], (0, rest))])
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Each pair of features of `x` (..., D) turned by a right angle; 0 for those that stay."""
-        moved = x[..., : self.size]
-        if self.pairs == "halves":
-            first, second = moved.chunk(2, dim=-1)
-            turned = torch.cat([-second, first], dim=-1)
-        else:
-            turned = torch.stack([-moved[..., 1::2], moved[..., ::2]], dim=-1).flatten(-2)
-        return turned if self.size == x.shape[-1] else pad(turned, (0, x.shape[-1] - self.size))
+    def values(self) -> Tensor:
+        """Cosines and sines of each of the R features, (2, B or 1, T, R)."""
+        both = torch.stack([self.cos, self.sin])
+        if self.angles == "each":
+            return both
+        once = both if self.angles == "once" else both[..., : both.shape[-1] // 2]
+        return torch.cat([once, once], dim=-1) if self.pairs == "halves" else once.repeat_interleave(2, dim=-1)
 
     def undo(self, x: Tensor) -> Tensor:
         """Queries (B, H, T, D) as they were before they were rotated (times the square of what scales cos and sin)."""
-        cos, sin = self.values(x.shape[-1], x.device).to(x.dtype)[:, :, None]
-        return x * cos - self.turn(x) * sin
+        cos, sin = self.values.to(x.device)
+        return rotate(x, torch.stack([cos, -sin]), self.pairs)
 
 
 @dataclass(frozen=True)
@@ -108,16 +91,16 @@ class RotationHook:
 def hand_on_rotation(module: nn.Module) -> None:
     """Give an attention module its `RotationHook`, if it rotates its queries in a way that is known here."""
     forward = inspect.unwrap(type(module).forward)
-    rotate = getattr(forward, "__globals__", {}).get(_ROTATES)
+    function = getattr(forward, "__globals__", {}).get(_ROTATES)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if rotate is None or _ROTATES not in names or type(module).__name__ in CONDITIONAL:
+    if function is None or _ROTATES not in names or type(module).__name__ in CONDITIONAL:
         return
     # Latent attention rotates the last features of a head and not the first
     if hasattr(module, "qk_rope_head_dim"):
         return
     parameters = inspect.signature(type(module).forward).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = find_layout(rotate)
+    known = find_layout(function)
     if known is None or not takes_more or "position_embeddings" not in parameters:
         return
     # The first parameter is `self`
@@ -138,31 +121,30 @@ def keep_rotation(module: nn.Module) -> None:
         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def find_layout(rotate: Callable[..., Any], size: int = 8) -> tuple[str, str] | None:
+def find_layout(function: Callable[..., Any], size: int = 8) -> tuple[str, str] | None:
     """`pairs` and `angles` of a model's own function, found by what it does to numbers; None: something else.
 
     Args:
-        rotate: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R or R/2).
+        function: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R or R/2).
     """
     # Some take queries and keys, some one of them
-    together = "cos" not in list(inspect.signature(rotate).parameters)[:2]
+    together = "cos" not in list(inspect.signature(function).parameters)[:2]
     with torch.device("cpu"), torch.no_grad():
         # A query a feature: what becomes of it is a row of the rotation's matrix
         features = torch.eye(size)[None, None]
         once = [torch.linspace(a, b, size // 2).expand(1, size, -1) for a, b in ((0.2, 0.9), (0.3, 0.8))]
-        for angles, pairs in product(("each", "twice", "once"), ("halves", "neighbours")):
+        for angles, pairs in product(("each", "twice", "once"), ROTARY_PAIRS):
             # Of two neighbours both are the same
             beside = angles == "each" and pairs == "neighbours"
             repeated = [x.repeat_interleave(2, dim=-1) if beside else x.repeat(1, 1, 2) for x in once]
             rotation = Rotation(*(once if angles == "once" else repeated), pairs, angles)
             given = (features, features) if together else (features,)
             try:
-                found = rotate(*given, rotation.cos, rotation.sin)
+                found = function(*given, rotation.cos, rotation.sin)
             except (TypeError, ValueError, RuntimeError, IndexError):
                 continue
             found = found[0] if together else found
-            cos, sin = rotation.values(size)
-            expected = features * cos + rotation.turn(features) * sin
+            expected = rotate(features, rotation.values, pairs)
             if found.shape == expected.shape and torch.allclose(found, expected):
                 return pairs, angles
     return None

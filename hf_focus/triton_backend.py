@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .errors import bad_value
+from .iteration import turn
 from .problem import FocusOutput, FocusProblem
 from .triton_configs import INTERPRETER, Chip, Config, backward_config, decode_config, forward_configs, padded
 
@@ -99,12 +101,19 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
     matrix = p.feedback_matrix
     if matrix is not None:
         matrix = matrix.to(p.query.dtype)
-    elif block_d != block_dv:
+    elif block_d != block_dv or p.rotation is not None:
         matrix = torch.eye(value_dim, dim, dtype=p.query.dtype, device=p.query.device).expand(heads, -1, -1)
+    rotation, rotation_strides = p.rotation, (0,) * 4
+    if rotation is not None:
+        # F, and F turned: what the sines are for. Features that are not rotated have the cosine 1 and the sine 0
+        size = rotation.shape[-1]
+        cos, sin = pad(rotation[0], (0, dim - size), value=1.0), pad(rotation[1], (0, dim - size))
+        rotation = torch.stack([cos, sin]).expand(2, batch, length, dim)
+        turned = pad(turn(matrix[..., :size], p.rotary_pairs), (0, dim - size))
+        matrix, rotation_strides = torch.cat([matrix, turned], dim=-1), rotation.stride()
     full = (batch, heads, length, num_keys)
     bias = None if p.position_bias is None else p.position_bias.expand(full)
     mask, mask_strides = _mask(p, full)
-    rotation_strides = (0,) * 4 if p.rotation is None else p.rotation.expand(2, batch, length, dim).stride()
     additive = mask is not None and mask.dtype != torch.bool
     return {
         "query": p.query,
@@ -116,7 +125,7 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
         "matrix": matrix,
         "mix": p.mix if p.feedback == "normalized" else None,
         "gain": p.gain if p.feedback == "normalized" else None,
-        "rotation": p.rotation,
+        "rotation": rotation,
         # Triton has no pointers to single bits
         "mask": mask if additive or mask is None else mask.view(torch.uint8),
         "bias": bias,
@@ -301,5 +310,11 @@ def differentiate(problem: FocusProblem, iterations: Tensor, grad: Tensor, wante
     if programs:
         with _on_device(problem.query):
             backward_kernel[(programs,)](**arguments, **config.options(problem, backward=True))
+    if problem.rotation is not None and arguments["d_matrix"] is not None:
+        dim, size = problem.query.shape[-1], problem.rotation.shape[-1]
+        straight, turned = arguments["d_matrix"].split(dim, dim=-1)
+        # Backwards, a turn is the opposite one
+        straight[..., :size] -= turn(turned[..., :size], problem.rotary_pairs)
+        arguments["d_matrix"] = straight
     given = {name: getattr(problem, name) for name in wanted}
     return {name: arguments[_GRADIENTS[name]].sum_to_size(t.shape).to(t.dtype) for name, t in given.items()}

@@ -85,8 +85,11 @@ class Case:
             arguments["gain"] = (normal(heads) / 4).exp()
         if self.rotated:
             rows = 1 if self.seed % 2 else self.batch
-            arguments["feedback_matrix"] = normal(heads, self.value_dim, 2 * self.dim)
-            arguments["rotation"] = normal(2, rows, self.length, self.dim)
+            # No circle is needed: any numbers scale and exchange pairs of features; the last ones may stay
+            arguments["rotation"] = normal(
+                2, rows, self.length, self.dim // (4 if self.seed % 3 == 0 and self.dim > 3 else 2) * 2
+            )
+            arguments["rotary_pairs"] = ("halves", "neighbours")[self.seed // 2 % 2]
         if self.bias:
             arguments["position_bias"] = normal(1, heads, self.length, self.num_keys)
         if self.mask == "bool":

@@ -36,13 +36,17 @@ def brute_update(
     row, head, place = at
     if "feedback_matrix" in arguments:
         matrix = arguments["feedback_matrix"][head].tolist()
-        fed = [sum(output[i] * matrix[i][j] for i in range(len(output))) for j in range(len(matrix[0]))]
-        if "rotation" in arguments:
-            cos, sin = arguments["rotation"].expand(-1, len(arguments["query"]), -1, -1)[:, row, place].tolist()
-            turned = zip(cos, fed[: len(query)], sin, fed[len(query) :], strict=True)
-            fed = [c * straight + s * sideways for c, straight, s, sideways in turned]
+        fed = [sum(output[i] * matrix[i][j] for i in range(len(output))) for j in range(len(query))]
     else:
         fed = [output[j] if j < len(output) else 0.0 for j in range(len(query))]
+    if "rotation" in arguments:
+        cos, sin = arguments["rotation"].expand(-1, len(arguments["query"]), -1, -1)[:, row, place].tolist()
+        size, halves = len(cos), arguments["rotary_pairs"] == "halves"
+        pairs = [(i, i + size // 2) if halves else (2 * i, 2 * i + 1) for i in range(size // 2)]
+        straight = list(fed)
+        for one, other in pairs:
+            fed[one] = straight[one] * cos[one] - straight[other] * sin[one]
+            fed[other] = straight[other] * cos[other] + straight[one] * sin[other]
     base = first if arguments["anchored"] else query
     if arguments["feedback"] == "additive":
         return [a + b for a, b in zip(base, fed, strict=True)]

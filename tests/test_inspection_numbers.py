@@ -72,6 +72,7 @@ def problem(seed: int = 0, **changes: Any) -> FocusProblem:
         "max_iterations": iterations,
         "feedback": "normalized",
         "anchored": False,
+        "rotary_pairs": "halves",
         "stop": "absolute",
         # Some queries stop before the others
         "base_threshold": 0.05,

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_focus import FocusConfig, apply_focus, remove_focus
 from hf_focus.branch import FocusBranch
+from hf_focus.iteration import rotate
 from hf_focus.rotary import CONDITIONAL, Rotation, RotationHook, find_layout
 
 # Model types with each of the ways to lay out pairs and angles, and to rotate a part of a head
@@ -33,17 +34,16 @@ NO_ANGLES = ("position_embeddings is not None", "self.rotary_emb is not None")
 
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_rotation_is_the_models_own(model_type: str) -> None:
-    rotate = import_module(f"transformers.models.{model_type}.modeling_{model_type}").apply_rotary_pos_emb
-    assert find_layout(rotate) == LAYOUTS[model_type]
+    function = import_module(f"transformers.models.{model_type}.modeling_{model_type}").apply_rotary_pos_emb
+    assert find_layout(function) == LAYOUTS[model_type]
     query, angle = torch.randn(2, 3, 5, 12), torch.rand(2, 5, 4)
     if model_type != "gpt_oss":
         angle = angle.repeat_interleave(2, dim=-1) if model_type == "cohere" else angle.repeat(1, 1, 2)
     rotation = Rotation(angle.cos(), angle.sin(), *LAYOUTS[model_type])
     rows = (query[..., :8],) if model_type == "gemma4" else (query[..., :8],) * 2
-    own = rotate(*rows, angle.cos(), angle.sin())
+    own = function(*rows, angle.cos(), angle.sin())
     own = own if model_type == "gemma4" else own[0]
-    cos, sin = rotation.values(12)[:, :, None]
-    rotated = query * cos + rotation.turn(query) * sin
+    rotated = rotate(query, rotation.values, rotation.pairs)
     # Features beyond the rotated ones stay
     torch.testing.assert_close(rotated, torch.cat([own, query[..., 8:]], dim=-1))
     torch.testing.assert_close(rotation.undo(rotated), query)
