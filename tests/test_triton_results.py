@@ -94,19 +94,22 @@ CASES = {
     "D 40, Dv 24": replace(BASE, dim=40, value_dim=24, learned=False),
     "D 20, Dv 70": replace(BASE, dim=20, value_dim=70),
     "identity F, one padding": replace(BASE, dim=20, value_dim=30, learned=False),
-    "groups of 4": replace(BASE, groups=4),
+    # One block of queries: the other cases have two
+    "groups of 4": replace(BASE, groups=4, length=13),
     "symmetric": with_options(replace(BASE, num_keys=21), is_causal=False),
     "queries beyond the keys": with_options(BASE, query_offset=30),
     "queries before the keys": with_options(BASE, query_offset=-12, is_causal=False),
     "bool mask of each head": replace(BASE, mask="bool", bias=True),
-    "additive mask, two rows, two groups": replace(BASE, batch=2, kv_heads=2, mask="additive"),
-    "left padding": replace(BASE, batch=2, mask="padding"),
+    "additive mask, two rows, two groups": with_options(
+        replace(BASE, batch=2, kv_heads=2, mask="additive", max_span=9), max_iterations=2
+    ),
+    "left padding": replace(BASE, batch=2, groups=1, mask="padding"),
     "soft cap": with_options(replace(BASE, bias=True), softcap=1.5),
     "one iteration": with_options(BASE, max_iterations=1),
     "rotated": replace(BASE, rotated=True, batch=2),
     "rotated, D 20, Dv 70": replace(BASE, rotated=True, dim=20, value_dim=70),
     "decode, rotated": replace(BASE, rotated=True, length=1, batch=2, dim=20, seed=5),
-    "ten iterations": with_options(BASE, max_iterations=10, base_threshold=0.0),
+    "ten iterations": with_options(replace(BASE, groups=1), max_iterations=10, base_threshold=0.0),
 }
 
 

@@ -14,11 +14,32 @@ from hf_focus.problem import FocusProblem
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl
+from triton.runtime import interpreter
+
 from hf_focus import triton_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not triton_backend.INTERPRETED:
     pytest.skip("triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+
+
+def patch_once_a_launch() -> None:
+    """Spare the interpreter half of its time: it replaces its language's functions for each launch, and, to no effect,
+    again for each function that a kernel calls."""
+    patch = interpreter._patch_lang
+
+    def unless_patched(fn: Any) -> Any:
+        # The language is seen under two names
+        original = tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load)
+        return patch(fn) if original else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = unless_patched
+
+
+# Neither name is public: without them the tests are slower
+if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+    patch_once_a_launch()
 
 BASE = Case(seed=4, batch=1, kv_heads=1, length=21, num_keys=37, dim=16, value_dim=16, max_span=20, ramp=6)
 
