@@ -47,6 +47,20 @@ def refused(call, *words):
     raise AssertionError(f"accepted, and should have said {words}")
 """
 
+# Each program in a process of its own, with empty caches; what all of them import is imported once
+IN_TURN = """
+for code in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        exec(code)
+        sys.exit()
+    _, status = os.waitpid(child, 0)
+    if status:
+        sys.exit(1)
+    shutil.rmtree(os.environ["HF_HOME"])
+    os.mkdir(os.environ["HF_HOME"])
+"""
+
 # Pushes models in every way there is; what they compute is kept for the reader
 WRITER = """
 from small_runs import FOCUS, byte_tokenizer, tiny_llama, texts
@@ -138,8 +152,8 @@ assert tokenizer.decode(tokenizer("grüne Vögel")["input_ids"]) == "grüne Vög
 """
 
 
-def run_client(hub: Hub, folder: Path, code: str, token: str | None = "token-of-me", timeout: int = 120) -> str:
-    """Run code after `PRELUDE` in `folder`, in a new process with clean caches; its standard output."""
+def run_clients(hub: Hub, folder: Path, *codes: str, token: str | None = "token-of-me", timeout: int = 120) -> str:
+    """Run programs after `PRELUDE` in `folder`, each in a new process with clean caches; their standard output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     cache = folder / f"home-{len(list(folder.glob('home-*')))}"
     cache.mkdir()
@@ -153,7 +167,7 @@ def run_client(hub: Hub, folder: Path, code: str, token: str | None = "token-of-
         **({"HF_TOKEN": token} if token else {}),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code],
+        [sys.executable, "-c", PRELUDE + IN_TURN, *codes],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -100,6 +100,8 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # A reply is sent in two parts, and the second would wait 40 ms for the client
+    disable_nagle_algorithm = True
     hub: Hub
 
     # -- HTTP

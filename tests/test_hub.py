@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_clients import READER, WRITER, run_client
+from hub_clients import READER, WRITER, run_clients
 from hub_server import File, Hub, running_hub
 from safetensors.torch import load
 from small_runs import FOCUS, byte_tokenizer, texts, tiny_bert, tiny_llama
@@ -41,8 +41,7 @@ PUSHED = ("folder", "method", "saved", "stock", "trainer", "adapter")
 
 def test_pushed_models_load_in_another_process_and_tell_nothing_of_this_one(hub: Hub, tmp_path: Path) -> None:
     save_start(tmp_path / "start")
-    run_client(hub, tmp_path, WRITER)
-    printed = run_client(hub, tmp_path, READER)
+    printed = run_clients(hub, tmp_path, WRITER, READER)
     loaded = dict(re.findall(r"^loaded (\S+) (\S+)$", printed, re.MULTILINE))
     assert set(loaded) == {"club/secret", *(f"me/{name}" for name in PUSHED)}
     assert loaded.pop("me/adapter") == "PeftModelForCausalLM"
@@ -180,14 +179,14 @@ assert torch.equal(logits(model), torch.load(NAME))
 @pytest.mark.slow
 def test_an_interrupted_push_leaves_what_was_there_and_a_second_completes(hub: Hub, tmp_path: Path) -> None:
     save_start(tmp_path / "start")
-    printed = run_client(hub, tmp_path, FIRST)
+    printed = run_clients(hub, tmp_path, FIRST)
     assert len(re.findall("^FocusHubError", printed, re.MULTILINE)) == 9
     commits = len(hub.repos["me/interrupted"].commits)
-    oid = run_client(hub, tmp_path, LOADED.replace("NAME", '"first.pt"') + SECOND).strip()
+    oid = run_clients(hub, tmp_path, LOADED.replace("NAME", '"first.pt"') + SECOND).strip()
     assert len(hub.repos["me/interrupted"].commits) == commits + 1
     assert hub.repos["me/interrupted"].branches["main"] == oid
     assert "model.safetensors" not in hub.names("me/interrupted")
-    run_client(hub, tmp_path, LOADED.replace("NAME", '"second.pt"'))
+    run_clients(hub, tmp_path, LOADED.replace("NAME", '"second.pt"'))
 
 
 REFUSED = """
@@ -272,7 +271,7 @@ def test_bad_input_has_a_clear_error_and_leaves_nothing(hub: Hub, tmp_path: Path
     put("me/spoiled", start)
     hub.spoiled.add("me/spoiled")
     theirs = hub.repos["you/theirs"].branches["main"]
-    run_client(hub, tmp_path, REFUSED)
+    run_clients(hub, tmp_path, REFUSED)
     assert hub.repos["you/theirs"].branches["main"] == theirs
     assert not {"me/x", "you/x", "me/a..b"} & set(hub.repos)
 
@@ -314,7 +313,7 @@ def test_the_script_pushes(hub: Hub, tmp_path: Path) -> None:
     settings |= {"push_to_hub": True, "report_to": ["tensorboard"], "save_steps": 2, "output_dir": "out"}
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
 
-    run_client(hub, tmp_path, FINETUNE.replace("SCRIPT", repr(str(SCRIPT))))
+    run_clients(hub, tmp_path, FINETUNE.replace("SCRIPT", repr(str(SCRIPT))))
     assert hub.repos["me/tuned"].private
     names = hub.names("me/tuned")
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "focus.png", "train_log.jsonl"}
@@ -325,4 +324,4 @@ def test_the_script_pushes(hub: Hub, tmp_path: Path) -> None:
     for text in ("sparsity", "| `model.layers.1.self_attn` |", "](focus.png)", "bits per byte"):
         assert text in card
     assert str(tmp_path) not in card
-    run_client(hub, tmp_path, USAGE)
+    run_clients(hub, tmp_path, USAGE)
