@@ -7,10 +7,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from small_runs import byte_tokenizer, texts, tiny_llama
@@ -22,6 +24,17 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["launch"])
 # Seconds until a run that should have ended is a failure
 PATIENCE = 240
+
+
+def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that has imported everything, started."""
+    # The server is not told of this folder before it imports, and is silent about imports that fail
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    process = FORKED.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def prepare(folder: Path, **settings: Any) -> None:
@@ -67,9 +80,7 @@ def start(
     processes = []
     for rank in range(ranks):
         harm = sabotage if rank == ranks - 1 else None
-        process = FORKED.Process(target=_run, args=(str(folder), flags, rank, ranks, port, harm))
-        process.start()
-        processes.append(process)
+        processes.append(fork(_run, str(folder), flags, rank, ranks, port, harm))
     return processes
 
 

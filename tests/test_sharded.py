@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch import FORKED, finish
+from launch import finish, fork
 from small_runs import FOCUS, tiny_llama
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -60,9 +60,7 @@ def shard_and_train(rank: int, folder: str) -> None:
 
 
 def test_sharded_equals_one_process_and_saves_to_one_checkpoint(tmp_path: Path) -> None:
-    processes = [FORKED.Process(target=shard_and_train, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = [fork(shard_and_train, rank, str(tmp_path)) for rank in range(2)]
     model = build()
     losses = train(model, [0, 1], 0.5)
     assert finish(processes) == [0, 0]
