@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from small_runs import byte_tokenizer, texts, tiny_llama
 
@@ -74,13 +74,13 @@ def start(
     Args:
         sabotage: a function and its arguments, called in the last rank before the run.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Where they find each other outlives each of them, as torchrun's does
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     for rank in range(ranks):
         harm = sabotage if rank == ranks - 1 else None
-        processes.append(fork(_run, str(folder), flags, rank, ranks, port, harm))
+        processes.append(fork(_run, str(folder), flags, rank, ranks, store.port, harm))
+        processes[rank].store = store
     return processes
 
 
@@ -92,7 +92,7 @@ def _run(folder: str, flags: tuple[str, ...], rank: int, ranks: int, port: int, 
     if ranks > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in numbers.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     if sabotage is not None:
         function, *arguments = sabotage
         function(*arguments)
