@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import Bare, serve
 
 # Read once, when triton is imported: without a GPU its kernels run interpreted, on CPU tensors
 if not torch.cuda.is_available():
@@ -26,6 +27,13 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """New processes that have not imported hf_focus."""
+    with serve(tmp_path_factory.mktemp("bare")) as served:
+        yield served
 
 
 @pytest.fixture

@@ -1,17 +1,15 @@
 """What needs an import of hf_focus, what needs PEFT, and the names that are public."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from bare import Bare
 from tiny import TINY
 from tiny_adapters import adapted, lora_config
 
 import hf_focus
 
 
-def test_a_reader_needs_hf_focus_and_no_other_import(tmp_path: Path) -> None:
+def test_a_reader_needs_hf_focus_and_no_other_import(tmp_path: Path, bare: Bare) -> None:
     adapted("llama", lora_config()).save_pretrained(tmp_path / "lora")
     adapted("llama").save_pretrained(tmp_path / "alone")
     TINY["llama"].build().save_pretrained(tmp_path / "base")
@@ -26,19 +24,12 @@ def test_a_reader_needs_hf_focus_and_no_other_import(tmp_path: Path) -> None:
         "import hf_focus\n"
         "print(*map(load, sys.argv[2:]))\n"
     )
-    lines = run(script, tmp_path / "base", tmp_path / "lora", tmp_path / "alone").split()
-    assert lines == ["'FOCUS_LORA'", "'FOCUS'", "FocusLoraModel", "FocusAdapterModel"]
-
-
-def run(script: str, *arguments: Path) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    done = bare.run(script, tmp_path / "base", tmp_path / "lora", tmp_path / "alone")
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.stdout.split() == ["'FOCUS_LORA'", "'FOCUS'", "FocusLoraModel", "FocusAdapterModel"]
 
 
-def test_peft_is_optional() -> None:
+def test_peft_is_optional(bare: Bare) -> None:
     script = (
         "import sys; sys.modules['peft'] = None\n"
         "import hf_focus; hf_focus.FocusConfig()\n"
@@ -47,7 +38,9 @@ def test_peft_is_optional() -> None:
         "try: hf_focus.nothing\n"
         "except AttributeError as error: print(error)\n"
     )
-    lines = run(script).splitlines()
+    done = bare.run(script)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert "peft" in lines[0]
     assert lines[1] == "module 'hf_focus' has no attribute 'nothing'"
 

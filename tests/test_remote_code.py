@@ -1,13 +1,11 @@
 """A saved Focus model carries its own code: processes without hf_focus load it with `trust_remote_code=True`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bare import Bare
 from tiny import TINY, logits, make_inputs, patched
 
 import hf_focus
@@ -29,7 +27,6 @@ try:
     raise SystemExit("hf_focus can be imported")
 except ModuleNotFoundError:
     pass
-import torch, transformers
 """
 LOAD_ALL = """
 for folder in sys.argv[1:]:
@@ -68,18 +65,6 @@ transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
 
 
-def run(program: str, *arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT + program, *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_HOME": str(home)},
-        timeout=300,
-    )
-
-
 def save(name: str, folder: Path) -> Path:
     model, inputs = patched(name), make_inputs(name)
     model.save_pretrained(folder)
@@ -92,15 +77,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_every_architecture_loads_without_hf_focus(tmp_path: Path) -> None:
+def test_every_architecture_loads_without_hf_focus(tmp_path: Path, bare: Bare) -> None:
     folders = [save(name, tmp_path / name) for name in TINY]
-    done = run(LOAD_ALL, *folders, home=tmp_path / "home")
+    done = bare.run(WITHOUT + LOAD_ALL, *folders)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) == len(TINY)
     assert all(name.startswith("Focus") for name in done.stdout.split())
 
 
-def test_towers_and_attention_off_the_interface_load_without_hf_focus(tmp_path: Path) -> None:
+def test_towers_and_attention_off_the_interface_load_without_hf_focus(tmp_path: Path, bare: Bare) -> None:
     from test_base_features import focused, gptj, llava, picture_and_text
 
     cases = (
@@ -113,24 +98,24 @@ def test_towers_and_attention_off_the_interface_load_without_hf_focus(tmp_path: 
         focused(model).save_pretrained(folder)
         torch.save((auto, inputs, logits(model, **inputs)), folder / "expected.pt")
         folders.append(folder)
-    done = run(LOAD_ALL, *folders, home=tmp_path / "home")
+    done = bare.run(WITHOUT + LOAD_ALL, *folders)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["FocusGPTJForCausalLM", "FocusLlavaForConditionalGeneration"]
 
 
-def test_trained_and_saved_again_without_hf_focus(llama: Path, tmp_path: Path) -> None:
+def test_trained_and_saved_again_without_hf_focus(llama: Path, tmp_path: Path, bare: Bare) -> None:
     from test_registration import word_tokenizer
 
     (tmp_path / "again").mkdir()
     word_tokenizer().save_pretrained(tmp_path / "again")
-    done = run(TRAIN_SAVE_AGAIN, llama, tmp_path / "again", home=tmp_path / "home")
+    done = bare.run(WITHOUT + TRAIN_SAVE_AGAIN, llama, tmp_path / "again")
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = hf_focus.focus_model_class(type(TINY["llama"].build())).from_pretrained(tmp_path / "again")
     assert loaded.model.layers[0].self_attn.focus.refiner.num_updates.item() == 3
 
 
-def test_code_must_be_trusted(llama: Path, tmp_path: Path) -> None:
-    done = run(NOT_TRUSTED, llama, home=tmp_path / "home")
+def test_code_must_be_trusted(llama: Path, bare: Bare) -> None:
+    done = bare.run(WITHOUT + NOT_TRUSTED, llama)
     assert done.returncode != 0
     assert "trust_remote_code=True" in done.stderr
 

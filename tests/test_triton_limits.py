@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, to
+from bare import Bare
 from torch import Tensor
 from triton_cases import (
     BASE,
@@ -118,15 +116,11 @@ def test_configurations_fit() -> None:
     assert all(config.block_q >= 16 and config.block_k >= 16 for config in FORWARD)
 
 
-def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+def test_kernels_compile_for_a_gpu(tmp_path: Path, bare: Bare) -> None:
     """Without the GPU; and K and V are read before the iterations, not in them."""
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         pytest.skip("this triton cannot compile for NVIDIA GPUs")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    program = Path(__file__).with_name("triton_compile.py")
-    done = subprocess.run(
-        [sys.executable, program, "64", "64"], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = bare.run("import triton_compile; triton_compile.main()", "64", "64", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     # Two tiles of each, and the query; in the loop only F, in two halves, and cosines and sines
