@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -84,11 +85,23 @@ def start(
     return processes
 
 
-def _run(folder: str, flags: tuple[str, ...], rank: int, ranks: int, port: int, sabotage: Any) -> None:
+def _enter(folder: str, rank: int = 0) -> None:
+    """Work in a folder, whose files `stdout0`, `stderr0` and so on take what is printed."""
     os.chdir(folder)
     for stream, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(f"{stream}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
+
+
+def run_script(script: Path, folder: str, *arguments: str) -> None:
+    """As `python script` does in a folder; for `fork`."""
+    _enter(folder)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _run(folder: str, flags: tuple[str, ...], rank: int, ranks: int, port: int, sabotage: Any) -> None:
+    _enter(folder, rank)
     if ranks > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in numbers.items()})

@@ -24,7 +24,7 @@ def test_forward(name: str) -> None:
 
 
 def test_decode_step() -> None:
-    model, ids = patched("llama"), tokens(2, 12)
+    model, ids = patched("llama", num_hidden_layers=1), tokens(2, 12)
     step = torch.compile(model.forward, fullgraph=True, backend=BACKEND)
     results = []
     for forward in (model.forward, step):
@@ -38,7 +38,7 @@ def test_decode_step() -> None:
 
 
 def test_training_step() -> None:
-    model, ids = no_dropout(patched("llama")), tokens()
+    model, ids = no_dropout(patched("llama", num_hidden_layers=1)), tokens()
     for module in model.modules():
         if hasattr(module, "epsilon"):
             # A compiled graph draws other random actions

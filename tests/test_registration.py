@@ -2,14 +2,13 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from launch import finish, fork
 from safetensors.torch import load_file, save_file
 from tiny import SETTINGS, TINY, logits, make_inputs, patched, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
@@ -87,17 +86,13 @@ def test_loads_in_a_new_process(tmp_path: Path) -> None:
     model = patched("llama")
     model.save_pretrained(tmp_path)
     torch.save(logits(model, input_ids=tokens()), tmp_path / "logits.pt")
-    program = (
-        "import sys, torch, hf_focus; from transformers import AutoModelForCausalLM; folder = sys.argv[1]\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder); ids = torch.tensor(eval(sys.argv[2]))\n"
-        "assert torch.equal(model(input_ids=ids).logits, torch.load(folder + '/logits.pt'))\n"
-        "print(type(model).__name__)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), str(tokens().tolist())], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "FocusLlamaForCausalLM"
+    assert finish([fork(load_and_compare, str(tmp_path))]) == [0]
+
+
+def load_and_compare(folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(model, input_ids=tokens()), torch.load(f"{folder}/logits.pt"))
+    assert type(model).__name__ == "FocusLlamaForCausalLM"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from launch import finish, fork, run_script
 from small_runs import (
     FOCUS,
     byte_tokenizer,
@@ -290,10 +291,13 @@ def test_the_script_trains_and_refuses(tmp_path: Path, data: dict[str, Any]) -> 
         "language": ["en"],
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, str(SCRIPT), "run.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr
-    assert "bits_per_byte" in done.stdout
+    codes = []
+    for flags in ((), ("--max-span", "0")):
+        codes += finish([fork(run_script, SCRIPT, str(tmp_path), "run.yaml", *flags)])
+        printed = [(tmp_path / name).read_text() for name in ("stdout0", "stderr0")]
+        assert ("bits_per_byte" in printed[0]) == (not flags), printed
+    assert codes == [0, 2]
+    assert "`max_span` got 0" in printed[1]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").focus_config.max_span == 8
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
 
