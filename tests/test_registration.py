@@ -58,7 +58,8 @@ def test_auto_classes_make_save_and_load(name: str, task: str, tmp_path: Path) -
     model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_config_file_round_trip(tmp_path: Path) -> None:

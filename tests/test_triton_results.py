@@ -181,7 +181,7 @@ def test_decoding_is_the_last_query_of_many() -> None:
 
 
 def test_only_what_is_asked_for() -> None:
-    arguments = on_device(BASE.arguments())
+    arguments = on_device(replace(BASE, groups=1).arguments())
     result, full = solve(arguments, "triton", need_statistics=False), solve(arguments, "triton")
     assert result.entropy is None
     assert result.coverage is None
