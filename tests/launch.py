@@ -27,12 +27,17 @@ FORKED.set_forkserver_preload(["launch"])
 PATIENCE = 240
 
 
-def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """A process that has imported everything, started."""
-    # The server is not told of this folder before it imports, and is silent about imports that fail
+def serve() -> None:
+    """Start the server, unless it runs. There is one a process: who first starts it says what it imports."""
+    # It is not told of this folder before it imports, and is silent about imports that fail
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
+
+
+def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that has imported everything, started."""
+    serve()
     process = FORKED.Process(target=target, args=arguments)
     process.start()
     return process

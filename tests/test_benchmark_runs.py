@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import serve
 
 from hf_focus import FocusError
 from hf_focus.bench_cases import Call, Case
@@ -82,6 +83,8 @@ def test_ratio_is_of_the_same_round() -> None:
 def test_peak_memory_counts_what_a_call_makes() -> None:
     case = Case(1024, heads=4, head_dim=32, span=64, training=True)
     names = [SDPA_CAUSAL, "SDPA band mask", "flash-attn window"]
+    # The server that other tests fork from too
+    serve()
     peaks = peak_memory(case, names, [1])
     # The output and three gradients of half a MiB; the mask is turned into 4 MiB of numbers
     assert 2 * 2**20 <= peaks[SDPA_CAUSAL] < peaks["SDPA band mask"] - 3 * 2**20
