@@ -18,6 +18,7 @@ from .call_checks import check_call
 from .errors import UnsupportedArchitectureError
 from .masks import find_query_offset, is_visible, limit_distance
 from .projections import layer_feedback
+from .rotary import KEYWORD, Rotation
 
 _PRODUCTS = {
     torch.matmul: ("input", "other"),
@@ -37,11 +38,13 @@ class Route(TorchFunctionMode):
 
     Args:
         module: the attention module, with a branch as its `focus`, which says how scores are made (`RoutedScores`).
+        rotation: of its queries, where that is known.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rotation: Rotation | None = None) -> None:
         super().__init__()
         self.module = module
+        self.rotation = rotation
         self.branch = module.focus
         self.product: tuple[Tensor, Tensor, Tensor] | None = None
         self.scores: Tensor | None = None
@@ -138,6 +141,7 @@ class Route(TorchFunctionMode):
             position_bias=bias,
             query_offset=find_query_offset(mask, length, num_keys, is_causal),
             layer_feedback=layer_feedback(self.module, branch),
+            rotation=self.rotation,
         )
         return focused.transpose(1, 2)
 
@@ -150,7 +154,7 @@ class RoutedAttention:
     """Comes before an attention class: its forward, watched."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        route = Route(self)
+        route = Route(self, kwargs.pop(KEYWORD, None))
         with route:
             result = super().forward(*args, **kwargs)
         if not route.done:
