@@ -10,7 +10,16 @@ from .errors import FocusConfigError, bad_value
 from .evidence_plan import ACCURACY, EXACT, FLOPS, GRID, KEPT, KEYS, LOCAL_KEYS, STEPS, Group, Measure, accuracy_on
 from .evidence_tasks import find_task
 
-DEPTHS = ("focus", "not normalized", "plain", "plain, normalized", "plain, 4 rounds", "plain +1", "plain +2")
+DEPTHS = (
+    "focus",
+    "not rotated",
+    "not normalized",
+    "plain",
+    "plain, normalized",
+    "plain, 4 rounds",
+    "plain +1",
+    "plain +2",
+)
 BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 # Where two sides are seen, or one number a key: what the local branch's parts add
 PARTS = ("focus", "plain", "hybrid", "log-n", "refiner", "static span")

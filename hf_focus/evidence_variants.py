@@ -103,8 +103,8 @@ VARIANTS: dict[str, Variant] = {
     "2 iterations": _focus("2 iterations", max_iterations=2),
     "4 iterations": _focus("4 iterations", max_iterations=4),
     "10 iterations": _focus("10 iterations", max_iterations=10),
-    "not normalized": _focus("queries and keys not normalised", qk_norm=False),
-    "not rotated": _focus("what is fed back not rotated", rotate_feedback=False),
+    "not rotated": _focus("feedback not rotated", rotate_feedback=False),
+    "not normalized": _focus("feedback not rotated, queries not normalised", qk_norm=False, rotate_feedback=False),
     "through features": _focus("feedback through the features alone", feedback_through="features"),
     "additive": _focus("additive feedback", feedback="additive"),
     "of the seed": _focus(

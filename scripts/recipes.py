@@ -2,8 +2,8 @@
 
 A small Llama is trained on the Python standard library, to stand for a pretrained model. Every recipe then gets the
 same steps on other files of it. The first recipes add FocusA to full attention; the others convert the model to
-attention that looks `--max-dist` tokens back, whose cache is bounded. Rows are kept in --output-dir, recipes that are
-there are not run again.
+attention that looks `--max-dist` tokens back, whose cache is bounded, beside a sliding window whose cache is as large.
+Rows are kept in --output-dir, recipes that are there are not run again.
 """
 
 import argparse
@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from quickstart import make_base, title
+from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from hf_focus import FocusConfig
 from hf_focus.arguments import parse_arguments
 from hf_focus.stdlib_text import write_stdlib_corpus
 from hf_focus.training import FinetuneResult, finetune
 
 FOCUS = {"max_span": 32, "max_iterations": 2}
+# Tokens that a bounded cache keeps before the one that is decoded: the sinks, and what either branch looks back
+SINKS = FocusConfig().sink_tokens
+WINDOW = "sliding window with the same cache"
 FROZEN = {"freeze_base": True}
 LORA = {"lora_rank": 8}
 
@@ -40,6 +45,7 @@ def recipes(max_dist: int, rate: float) -> dict[str, list[dict[str, Any]]]:
         "FocusA and all weights, one learning rate": [FOCUS],
         "FocusA and all weights, 10 x learning rate": [{**FOCUS, **fast}],
         "FocusA and all weights, feedback through the layer": [{**whole, "feedback_through": "layer"}],
+        f"{WINDOW}, all weights": [{"focus": False}],
         "bounded, FocusA alone": [{**alone, **far}],
         "bounded, FocusA and all weights": [{**whole, **far}],
         "bounded, matched, then FocusA alone": [match, {**then, **FROZEN}],
@@ -73,10 +79,20 @@ def train(settings: dict[str, Any]) -> FinetuneResult:
     return finetune(model, data, training, focus)
 
 
+def make_window(base: Path, folder: Path, size: int) -> None:
+    """Save the model in `base`, a Llama, as the Mistral with the same weights whose tokens see the last `size`."""
+    plain = LlamaForCausalLM.from_pretrained(base)
+    settings = {name: value for name, value in plain.config.to_dict().items() if name != "model_type"}
+    model = MistralForCausalLM(MistralConfig(**settings, sliding_window=size))
+    model.load_state_dict(plain.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
 def run(name: str, stages: list[dict[str, Any]], common: dict[str, Any], out: Path, steps: int) -> dict[str, Any]:
     """Run the stages, each from what the one before saved; return the row of the table."""
     row: dict[str, Any] = {"recipe": name, "seconds": 0.0, "trained": 0}
-    start = out / "pretrained"
+    start = out / ("window" if name.startswith(WINDOW) else "pretrained")
     for number, stage in enumerate(stages):
         stage = dict(stage)
         share = stage.pop("share", 1)
@@ -121,6 +137,7 @@ def main(argv: list[str]) -> None:
                 "learning_rate": 2e-3,
             }
         )
+    make_window(out / "pretrained", out / "window", SINKS + max(args.max_dist, FOCUS["max_span"]))
     common |= {"train_files": files["train"], "learning_rate": args.learning_rate, "warmup_share": args.warmup_share}
     table = out / "recipes.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()] if table.is_file() else []
