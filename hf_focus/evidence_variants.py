@@ -90,12 +90,14 @@ VARIANTS: dict[str, Variant] = {
     "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
     "focus, near": _focus("FocusA, global branch within an eighth", near=1 / 8, max_span=32),
+    "focus, near, not rotated": _focus("… feedback not rotated", near=1 / 8, max_span=32, rotate_feedback=False),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, max_span=32, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),
     "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
     "hybrid, patched": Variant("sliding window + full, no iteration, no refiner", _ONE_PASS),
     "no refiner, patched": Variant("no refiner", {"refiner": False}),
+    "not rotated, patched": Variant("feedback not rotated", {"rotate_feedback": False}),
     "normalized, patched": Variant("queries and keys normalised", {"qk_norm": True}),
     "refiner of the seed, patched": Variant("refiner with the seed's reward", {"reward": "seed"}),
     # Ablations

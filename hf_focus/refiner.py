@@ -129,6 +129,9 @@ class Refiner(nn.Module):
         Args:
             over: (1,) bool, False: nothing is taken in, and all stays pending; None: True.
         """
+        if self.pending.is_meta:
+            # While a checkpoint is loaded there is nothing to take in
+            return
         sums = self.pending if over is None else torch.where(over, self.pending, 0)
         errors, counts = sums[: 2 * self.table.numel()].view(2, *self.table.shape)
         total, squares = sums[-2 * NUM_FEATURES - 1 : -1].view(2, NUM_FEATURES)

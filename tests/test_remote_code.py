@@ -77,11 +77,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_every_architecture_loads_without_hf_focus(tmp_path: Path, bare: Bare) -> None:
-    folders = [save(name, tmp_path / name) for name in TINY]
+@pytest.mark.parametrize(
+    "names", [("llama", "bert", "whisper"), pytest.param(tuple(TINY), marks=pytest.mark.slow)], ids=["three", "all"]
+)
+def test_architectures_load_without_hf_focus(names: tuple[str, ...], tmp_path: Path, bare: Bare) -> None:
+    folders = [save(name, tmp_path / name) for name in names]
     done = bare.run(WITHOUT + LOAD_ALL, *folders)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == len(TINY)
+    assert len(done.stdout.split()) == len(names)
     assert all(name.startswith("Focus") for name in done.stdout.split())
 
 
