@@ -11,7 +11,7 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, FocusError, bad_value
 from .interface import focus_name
-from .rotary import hand_on_rotation, keep_rotation
+from .rotary import hand_on_rotation, stop_handing_on
 
 
 class AttentionConfig:
@@ -68,7 +68,7 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
     def release(self) -> None:
         """Leave the attention layer as it was before the first adapter."""
         self._give_back_config()
-        keep_rotation(self.get_base_layer())
+        stop_handing_on(self.get_base_layer())
         del self.get_base_layer().focus
 
     def _give_back_config(self) -> None:
@@ -124,7 +124,7 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
         if not self.focus_branches:
             # apply_focus may come next, and would not replace ours
             self._give_back_config()
-            keep_rotation(self.get_base_layer())
+            stop_handing_on(self.get_base_layer())
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """FocusA cannot be merged in place.

@@ -14,7 +14,7 @@ from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_
 from .focus_configs import is_focus, repoint, to_base
 from .modeling import FocusMixin, adopt, plan_adoption
 from .projections import layer_feedback
-from .rotary import keep_rotation
+from .rotary import stop_handing_on
 from .routing import unrouted_class
 from .sites import build_branches, install, plan
 
@@ -81,7 +81,7 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
     for path in _own_branches(model):
         module = model.get_submodule(path.rpartition(".")[0])
         delattr(module, "focus")
-        keep_rotation(module)
+        stop_handing_on(module)
         module.__class__ = unrouted_class(type(module))
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():

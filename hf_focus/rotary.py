@@ -17,7 +17,8 @@ from .iteration import ROTARY_PAIRS, rotate
 
 KEYWORD = "focus_rotation"
 _ROTATES = "apply_rotary_pos_emb"
-# Attention that rotates on some conditions only, of the layer or its config; it is left as if it did not
+# Forwards that rotate on some conditions only, of the layer or its config, or scale each feature of what is rotated;
+# they are left as if they did not
 CONDITIONAL = frozenset(
     {
         "AfmoeAttention",
@@ -28,9 +29,15 @@ CONDITIONAL = frozenset(
         "Exaone4Attention",
         "Exaone4_5_Attention",
         "ExaoneMoeAttention",
+        "FalconAttention",
+        "FalconFlashAttention2",
         "FlintAttention",
+        "HunYuanDenseV1Attention",
+        "HunYuanMoEV1Attention",
+        "HunYuanVLDenseV1Attention",
         "Kolibri1Attention",
         "SmolLM3Attention",
+        "TimesFm2_5Attention",
         "Zamba2Attention",
     }
 )
@@ -93,19 +100,20 @@ def hand_on_rotation(module: nn.Module) -> None:
     forward = inspect.unwrap(type(module).forward)
     function = getattr(forward, "__globals__", {}).get(_ROTATES)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if function is None or _ROTATES not in names or type(module).__name__ in CONDITIONAL:
-        return
-    # Latent attention rotates the last features of a head and not the first
-    if hasattr(module, "qk_rope_head_dim"):
+    # By the class that the forward is of: others may inherit it
+    owner = getattr(forward, "__qualname__", "").partition(".")[0]
+    if function is None or _ROTATES not in names or owner in CONDITIONAL:
         return
     parameters = inspect.signature(type(module).forward).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = find_layout(function)
-    if known is None or not takes_more or "position_embeddings" not in parameters:
+    # Latent attention rotates the last features of a head and not the first
+    if not takes_more or "position_embeddings" not in parameters or hasattr(module, "qk_rope_head_dim"):
         return
-    # The first parameter is `self`
-    place = list(parameters).index("position_embeddings") - 1
-    module.register_forward_pre_hook(RotationHook(place, *known), with_kwargs=True)
+    layout = find_layout(function)
+    if layout is not None:
+        # The first parameter is `self`
+        place = list(parameters).index("position_embeddings") - 1
+        module.register_forward_pre_hook(RotationHook(place, *layout), with_kwargs=True)
 
 
 def has_known_rotation(module: nn.Module) -> bool:
@@ -113,7 +121,7 @@ def has_known_rotation(module: nn.Module) -> bool:
     return any(isinstance(hook, RotationHook) for hook in module._forward_pre_hooks.values())
 
 
-def keep_rotation(module: nn.Module) -> None:
+def stop_handing_on(module: nn.Module) -> None:
     """Take the hook off again."""
     hooks = module._forward_pre_hooks
     for number in [number for number, hook in hooks.items() if isinstance(hook, RotationHook)]:
@@ -125,26 +133,33 @@ def find_layout(function: Callable[..., Any], size: int = 8) -> tuple[str, str] 
     """`pairs` and `angles` of a model's own function, found by what it does to numbers; None: something else.
 
     Args:
-        function: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R or R/2).
+        function: of queries and keys, or one of them, (B, H, T, R), cos and sin (B, T, R or R/2). Whatever it raises
+            makes it something else.
     """
-    # Some take queries and keys, some one of them
-    together = "cos" not in list(inspect.signature(function).parameters)[:2]
-    with torch.device("cpu"), torch.no_grad():
-        # A query a feature: what becomes of it is a row of the rotation's matrix
-        features = torch.eye(size)[None, None]
-        once = [torch.linspace(a, b, size // 2).expand(1, size, -1) for a, b in ((0.2, 0.9), (0.3, 0.8))]
-        for angles, pairs in product(("each", "twice", "once"), ROTARY_PAIRS):
-            # Of two neighbours both are the same
-            beside = angles == "each" and pairs == "neighbours"
-            repeated = [x.repeat_interleave(2, dim=-1) if beside else x.repeat(1, 1, 2) for x in once]
-            rotation = Rotation(*(once if angles == "once" else repeated), pairs, angles)
-            given = (features, features) if together else (features,)
-            try:
-                found = function(*given, rotation.cos, rotation.sin)
-            except (TypeError, ValueError, RuntimeError, IndexError):
-                continue
-            found = found[0] if together else found
-            expected = rotate(features, rotation.values, pairs)
-            if found.shape == expected.shape and torch.allclose(found, expected):
-                return pairs, angles
+    plain = {"dtype": torch.float32, "device": "cpu"}
+    # A query a feature: what becomes of it is a row of the rotation's matrix
+    features = torch.eye(size, **plain).to(**plain)[None, None]
+    once = [torch.linspace(*ends, size // 2, **plain).to(**plain) for ends in ((0.2, 0.9), (0.3, 0.8))]
+    once = [x.expand(1, size, -1) for x in once]
+    for angles, pairs in product(("each", "twice", "once"), ROTARY_PAIRS):
+        # Of two neighbours both are the same
+        beside = angles == "each" and pairs == "neighbours"
+        repeated = [x.repeat_interleave(2, dim=-1) if beside else x.repeat(1, 1, 2) for x in once]
+        rotation = Rotation(*(once if angles == "once" else repeated), pairs, angles)
+        expected = rotate(features, rotation.values, pairs)
+        found = _try(function, features, rotation)
+        if found is not None and found.shape == expected.shape and torch.allclose(found, expected):
+            return pairs, angles
     return None
+
+
+def _try(function: Callable[..., Any], features: Tensor, rotation: Rotation) -> Tensor | None:
+    """What a function that may be anybody's makes of `features`; None: nothing of the kind."""
+    try:
+        # Some take queries and keys, some one of them
+        together = "cos" not in list(inspect.signature(function).parameters)[:2]
+        with torch.no_grad():
+            found = function(*(features,) * (2 if together else 1), rotation.cos, rotation.sin)
+        return (found[0] if together else found).to(features.dtype)
+    except Exception:
+        return None

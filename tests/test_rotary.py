@@ -29,7 +29,7 @@ LAYOUTS = {
 }
 ROTARY = {name for name in CAUSAL_LMS + ENCODERS if name not in ("gpt2", "opt", "bert", "roberta", "distilbert")}
 FAR = 500
-NO_ANGLES = ("position_embeddings is not None", "self.rotary_emb is not None")
+NO_ANGLES = ("position_embeddings is not None", "self.rotary_emb is not None", "rotary_pos_emb is not None")
 
 
 @pytest.mark.parametrize("model_type", LAYOUTS)
@@ -52,6 +52,9 @@ def test_rotation_is_the_models_own(model_type: str) -> None:
 def test_another_function_is_no_rotation() -> None:
     assert find_layout(lambda query, key, cos, sin: (query * cos, key * cos)) is None
     assert find_layout(lambda query, key: (query, key)) is None
+    assert find_layout(lambda query, key, cos, sin: query.nothing) is None
+    assert find_layout(lambda query, key, cos, sin: None) is None
+    assert find_layout(print) is None
 
 
 @pytest.mark.parametrize("through", ["features", "layer"])
@@ -95,7 +98,7 @@ def test_layers_without_a_known_rotation_have_none() -> None:
 def test_attention_that_rotates_on_a_condition_is_known() -> None:
     """Read from the code of the installed transformers: `if …:`, and the rotation within three lines of it."""
     condition = re.compile(
-        r"^class (\w+)\b|^ +if ([^\n]+):\n(?:[^\n]*\n){0,2}? +query_states, key_states = apply_rotary_pos_emb\(",
+        r"^class (\w+)\b|^ +if ([^\n]+):\n(?:[^\n]*\n){0,2}? +\w+, \w+ = apply_rotary_pos_emb\(",
         re.MULTILINE,
     )
     found = set()
