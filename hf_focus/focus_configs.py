@@ -16,7 +16,8 @@ from .interface import global_name
 
 MODEL_TYPE_PREFIX = "focus_"
 # Of what is saved: raised when older code could not read it rightly
-FORMAT = 1
+# 2: what is fed back may be rotated
+FORMAT = 2
 
 
 class FocusConfigMixin:
@@ -68,6 +69,9 @@ class FocusConfigMixin:
             if not isinstance(saved, int) or saved > FORMAT:
                 accepted = f"a format up to {FORMAT}; a newer hf_focus, or trust_remote_code=True, reads newer ones"
                 raise FocusCheckpointError(bad_value("focus_format", saved, accepted))
+            settings = config_dict.get("focus_config")
+            if saved < 2 and isinstance(settings, dict):
+                config_dict["focus_config"] = {"rotate_feedback": False, **settings}
             try:
                 FocusConfig.from_dict(config_dict.get("focus_config"))
                 if (architecture := config_dict.get("focus_architecture")) is not None:

@@ -83,6 +83,18 @@ def test_plain_checkpoint_through_the_auto_class(tmp_path: Path) -> None:
     assert torch.equal(logits(model, **make_inputs("llama")), logits(plain, **make_inputs("llama")))
 
 
+def test_an_older_format_is_what_it_was(tmp_path: Path) -> None:
+    """Before format 2 nothing that was fed back was rotated."""
+    model = patched("llama", FocusConfig.build(SETTINGS, rotate_feedback=False))
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["focus_config"]["rotate_feedback"]
+    (tmp_path / "config.json").write_text(json.dumps({**values, "focus_format": 1}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, input_ids=tokens()), logits(model, input_ids=tokens()))
+    assert not torch.equal(logits(patched("llama"), input_ids=tokens()), logits(model, input_ids=tokens()))
+
+
 def test_loads_in_a_new_process(tmp_path: Path) -> None:
     model = patched("llama")
     model.save_pretrained(tmp_path)
