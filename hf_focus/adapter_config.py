@@ -48,6 +48,9 @@ class FocusAdapterFields:
         if self.task_type is not None and self.task_type not in tasks:
             accepted = f"None, {', '.join(task.value for task in tasks)}"
             raise FocusConfigError(bad_value("task_type", self.task_type, accepted))
+        if self.focus_layers is not None and isinstance(self.focus_config, dict):
+            # Saved, with every setting there was: before this one nothing that was fed back was rotated
+            self.focus_config = {"rotate_feedback": False, **self.focus_config}
         settings = FocusConfig.build(self.focus_config)
         if settings.span_penalty:
             accepted = "0: an adapter leaves the model's loss as it is; apply_focus adds the penalty to it"

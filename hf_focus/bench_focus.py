@@ -89,15 +89,11 @@ def _trained(count: int, predicted: bool) -> Callable[[Case], Call]:
     """Inputs of a trained layer, stop rule at its defaults; spans as predicted, or the whole window."""
 
     def build(case: Case) -> Call:
-        kept, inputs = torch.load(dict(case.trained)[count]), {}
+        kept = torch.load(dict(case.trained)[count])
+        inputs = {"rotation": kept.pop("rotation")[:, :, : case.length].to(case.device)}
         for name, tensor in kept.items():
             if name in PER_TOKEN:
-                tensor = tensor[:, :, : case.length]
-            if name == "rotation":
-                inputs[name] = tensor.to(case.device)
-                continue
-            if name in PER_TOKEN:
-                tensor = tensor.expand(case.batch, *(-1,) * (tensor.ndim - 1))
+                tensor = tensor[:, :, : case.length].expand(case.batch, *(-1,) * (tensor.ndim - 1))
             if name == "span" and not predicted:
                 tensor = torch.full_like(tensor, case.span)
             products = name in ("query", "key", "value")

@@ -34,7 +34,7 @@ def trained_inputs(
     Returns:
         The file: tensors (1, heads, length, …) and (heads, …) by name; the rotation is (2, 1, length, head_dim).
     """
-    file = path / f"trained-{heads}x{head_dim}-span{span}-iterations{iterations}-steps{steps}-{length}.pt"
+    file = path / f"trained-rotated-{heads}x{head_dim}-span{span}-iterations{iterations}-steps{steps}-{length}.pt"
     if file.is_file():
         return file
     path.mkdir(parents=True, exist_ok=True)

@@ -168,8 +168,9 @@ def fed_back(
     output, matrix, rotation, rows, valid, columns, value_columns, matrix_strides, rotation_strides, D: tl.constexpr,
     DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """oᵗ·F, (rows, columns), rotated unless `rotation`, of one sequence, is None. `matrix` of one head, or None: the
-    identity, where both paddings are equally wide. The rotation is read anew each time, which costs no registers."""
+    """oᵗ·F, (rows, columns), rotated unless `rotation`, of one sequence, is None. `matrix` of one head: F, with a
+    rotation F and F turned beside it (`iteration.turn`), (DV, 2·D); None: the identity, where both paddings are equally
+    wide. The rotation is read anew each time, which costs no registers."""
     if matrix is not None:
         narrowed = narrow(output, matrix.dtype.element_ty)
         exist = value_columns < DV

@@ -61,6 +61,18 @@ def test_saves_its_own_tensors_only_and_reloads_bit_equal(name: str, tmp_path: P
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_an_adapter_of_before_is_what_it_was(tmp_path: Path) -> None:
+    """Before it was a setting, nothing that was fed back was rotated."""
+    model, inputs = adapted("llama"), make_inputs("llama")
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    del values["focus_config"]["rotate_feedback"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    loaded = PeftModel.from_pretrained(TINY["llama"].build(), tmp_path).eval()
+    assert loaded.peft_config["default"].settings.rotate_feedback is False
+    assert not torch.equal(logits(loaded, **inputs), logits(model.eval(), **inputs))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loads_through_transformers(name: str, tmp_path: Path) -> None:
     model = adapted(name)
