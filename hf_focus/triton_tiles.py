@@ -169,7 +169,7 @@ def fed_back(
     DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """oᵗ·F, (rows, columns), rotated unless `rotation`, of one sequence, is None. `matrix` of one head: F, with a
-    rotation F and F turned beside it (`iteration.turn`), (DV, 2·D); None: the identity, where both paddings are equally
+    rotation F and F turned beside it (`iteration.turn`), (DV, 2·D); None: the identity, where both paddings are as
     wide. The rotation is read anew each time, which costs no registers."""
     if matrix is not None:
         narrowed = narrow(output, matrix.dtype.element_ty)
