@@ -9,7 +9,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel
 
 from .architecture import Architecture
-from .configuration import FocusConfig
+from .configuration import EARLIER, FocusConfig
 from .discovery import architecture_of
 from .errors import FocusConfigError, bad_value
 
@@ -49,8 +49,8 @@ class FocusAdapterFields:
             accepted = f"None, {', '.join(task.value for task in tasks)}"
             raise FocusConfigError(bad_value("task_type", self.task_type, accepted))
         if self.focus_layers is not None and isinstance(self.focus_config, dict):
-            # Saved, with every setting there was: before this one nothing that was fed back was rotated
-            self.focus_config = {"rotate_feedback": False, **self.focus_config}
+            # Saved, with every setting there was
+            self.focus_config = {**EARLIER, **self.focus_config}
         settings = FocusConfig.build(self.focus_config)
         if settings.span_penalty:
             accepted = "0: an adapter leaves the model's loss as it is; apply_focus adds the penalty to it"

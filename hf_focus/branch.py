@@ -12,7 +12,7 @@ from transformers import initialization as init
 from .attention import focus_attention
 from .band_mask import BandMask
 from .configuration import FocusConfig
-from .iteration import unit
+from .iteration import rotate_back, unit
 from .kept_mass import kept_mass, sampled_queries
 from .masks import count_visible, gather_reach, own_key_visible, within_reach
 from .observers import FocusRecord, is_observed, notify
@@ -181,13 +181,17 @@ class FocusBranch(nn.Module):
         if learning and config.reward == "loss":
             scale = self.refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, action=action, **lesson)
 
-        rotation = rotation if config.rotate_feedback and config.max_iterations > 1 else None
+        angles, pairs = None, "halves"
+        if rotation is not None and config.rotate_feedback and config.max_iterations > 1:
+            angles, pairs = rotation.values.to(query.device), rotation.pairs
+        # How often to look does not depend on where in the text a token is
+        asking = query if angles is None or self.readout_weight is None else rotate_back(query, angles, pairs)
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
         options = {
-            "readout_weights": self._readout_weights(query, global_output, rotation),
+            "readout_weights": self._readout_weights(asking, global_output),
             "feedback_matrix": self._feedback_matrix(layer_feedback),
-            "rotation": None if rotation is None else rotation.values.to(query.device),
-            "rotary_pairs": "halves" if rotation is None else rotation.pairs,
+            "rotation": angles,
+            "rotary_pairs": pairs,
             "mix": None if self.mix is None else _wide(self.mix).sigmoid(),
             "gain": None if self.log_gain is None else _wide(self.log_gain).exp(),
             "attention_mask": attention_mask,
@@ -271,12 +275,9 @@ class FocusBranch(nn.Module):
             features = [x.mean(dim=1, keepdim=True) for x in features]
         return torch.stack(torch.broadcast_tensors(*features), dim=-1)
 
-    def _readout_weights(self, query: Tensor, global_output: Tensor, rotation: Rotation | None) -> Tensor | None:
+    def _readout_weights(self, query: Tensor, global_output: Tensor) -> Tensor | None:
         if self.readout_weight is None:
             return None
-        if rotation is not None:
-            # How often to look does not depend on where in the text a token is
-            query = rotation.undo(query)
         logits = _wide(torch.einsum("bhtd,hdi->bhti", query, self.readout_weight.to(query.dtype)))
         if self.readout_global_weight is not None:
             weight = self.readout_global_weight.to(global_output.dtype)

@@ -145,7 +145,7 @@ class _FeedbackGradient:
 
     def _through_matrix(self, grad_fed: Tensor, output: Tensor) -> Tensor:
         c = self.c
-        if c.rotation is not None:
+        if c.p.rotation is not None:
             grad_fed = c.rotate(grad_fed, c.buffers("straight", *grad_fed.shape), back=True)
         if c.matrix is None:
             missing = output.shape[-1] - grad_fed.shape[-1]

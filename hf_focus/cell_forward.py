@@ -77,8 +77,6 @@ class CellTensors:
             None if shared.matrix is None else shared.matrix.repeat(batch, 1, 1) if batch > 1 else shared.matrix
         )
         self.mix, self.gain = shared.mix, shared.gain
-        # Cosines and sines, (B or 1, 1, T, R) each
-        self.rotation = None if p.rotation is None else p.rotation.to(dtype)[:, :, None].unbind(0)
 
     def by_group(self, x: Tensor) -> Tensor:
         """(B, H, T, …) -> (B·Hkv, H/Hkv·T, …)."""
@@ -90,32 +88,43 @@ class CellTensors:
 
     def feed(self, output: Tensor, buffer: Tensor) -> Tensor:
         """o·F, rotated if the problem says so, (B, H, T, D), in `buffer`."""
-        fed = buffer if self.rotation is None else self.buffers("straight", *buffer.shape)
+        fed = buffer if self.p.rotation is None else self.buffers("straight", *buffer.shape)
         if self.matrix is None:
             shared = min(output.shape[-1], fed.shape[-1])
             fed[..., :shared] = output[..., :shared]
             fed[..., shared:] = 0
         else:
             torch.bmm(output.flatten(0, 1), self.matrix, out=fed.flatten(0, 1))
-        return fed if self.rotation is None else self.rotate(fed, buffer)
+        return fed if self.p.rotation is None else self.rotate(fed, buffer)
 
     def rotate(self, x: Tensor, out: Tensor, back: bool = False) -> Tensor:
         """`iteration.rotate` of `x` (B, H, T, D), in `out`; `back`: its transpose."""
-        cos, sin = self.rotation
+        cos, from_others, from_ones = self._rotation
         size = cos.shape[-1]
-        # Of two features that turn together, each one's product goes to the other's place
-        halves = self.p.rotary_pairs == "halves"
-        ones, others = (slice(size // 2), slice(size // 2, size)) if halves else (slice(0, size, 2), slice(1, size, 2))
-        torch.mul(x[..., :size], cos, out=out[..., :size])
+        ones, others = self._pairs
         if back:
-            # The sine is of the place that a product comes from
-            out[..., ones].addcmul_(x[..., others], sin[..., others])
-            out[..., others].addcmul_(x[..., ones], sin[..., ones], value=-1)
-        else:
-            out[..., ones].addcmul_(x[..., others], sin[..., ones], value=-1)
-            out[..., others].addcmul_(x[..., ones], sin[..., others])
+            from_others, from_ones = from_ones, from_others
+        torch.mul(x[..., :size], cos, out=out[..., :size])
+        out[..., ones].addcmul_(x[..., others], from_others)
+        out[..., others].addcmul_(x[..., ones], from_ones)
         out[..., size:] = x[..., size:]
         return out
+
+    @cached_property
+    def _rotation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines (B or 1, 1, T, R), and with which sines each of two features that turn together enters the other's
+        place, (B or 1, 1, T, R/2)."""
+        cos, sin = self.p.rotation.to(self.query.dtype)[:, :, None]
+        ones, others = self._pairs
+        return cos, -sin[..., ones], sin[..., others]
+
+    @cached_property
+    def _pairs(self) -> tuple[slice, slice]:
+        """The features that turn together: the ones, and the others in the same order."""
+        size = self.p.rotation.shape[-1]
+        if self.p.rotary_pairs == "halves":
+            return slice(size // 2), slice(size // 2, size)
+        return slice(0, size, 2), slice(1, size, 2)
 
     @cached_property
     def first(self) -> Scaled:

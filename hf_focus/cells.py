@@ -43,8 +43,7 @@ class Cell:
 
     def cut(self, problem: FocusProblem) -> FocusProblem:
         """The problem of this cell alone; positions count from its first key."""
-        names = (*problem.TENSORS, "rotation", "attention_mask")
-        parts = {name: self.of(name, getattr(problem, name)) for name in names}
+        parts = {name: self.of(name, getattr(problem, name)) for name in problem.ALL_TENSORS}
         return changed(problem, **parts, query_offset=problem.query_offset + self.queries.start - self.keys.start)
 
 

@@ -82,6 +82,10 @@ _RULES = {
 }
 
 
+# What settings were before they could be chosen, where what was saved says nothing of them
+EARLIER = {"rotate_feedback": False}
+
+
 @dataclass(frozen=True)
 class FocusConfig:
     """Settings of FocusA for one model. Immutable; validated on construction.

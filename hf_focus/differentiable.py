@@ -30,7 +30,7 @@ _SETTINGS = {
     "coverage_threshold": "float",
     "need_statistics": "bool",
 }
-_TENSORS = (*FocusProblem.TENSORS, "rotation", "attention_mask")
+_TENSORS = FocusProblem.ALL_TENSORS
 _ARGUMENTS = ", ".join(
     [f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TENSORS]
     + [f"{kind} {name}" for name, kind in _SETTINGS.items()]

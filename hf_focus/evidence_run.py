@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .configuration import EARLIER as EARLIER_SETTINGS
 from .configuration import FocusConfig
 from .errors import FocusDataError
 from .evidence_tasks import find_task
@@ -33,7 +34,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 # What rows had that were made before it could be chosen
 EARLIER = {"qk_norm": False}
-EARLIER_FOCUS = {**FocusConfig().to_dict(), "rotate_feedback": False}
+EARLIER_FOCUS = {**FocusConfig().to_dict(), **EARLIER_SETTINGS}
 
 
 def is_done(row: Row, finished: Iterable[dict[str, Any]]) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .architecture import Architecture
-from .configuration import FocusConfig
+from .configuration import EARLIER, FocusConfig
 from .errors import FocusCheckpointError, FocusConfigError, bad_value
 from .interface import global_name
 
@@ -71,7 +71,7 @@ class FocusConfigMixin:
                 raise FocusCheckpointError(bad_value("focus_format", saved, accepted))
             settings = config_dict.get("focus_config")
             if saved < 2 and isinstance(settings, dict):
-                config_dict["focus_config"] = {"rotate_feedback": False, **settings}
+                config_dict["focus_config"] = {**EARLIER, **settings}
             try:
                 FocusConfig.from_dict(config_dict.get("focus_config"))
                 if (architecture := config_dict.get("focus_architecture")) is not None:

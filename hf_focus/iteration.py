@@ -63,6 +63,12 @@ def rotate(x: Tensor, rotation: Tensor, pairs: str) -> Tensor:
     return torch.cat([moved * cos + turn(moved, pairs) * sin, rest], dim=-1)
 
 
+def rotate_back(x: Tensor, rotation: Tensor, pairs: str) -> Tensor:
+    """What `rotate` made `x` of, times the square of the angles' scale (1, but for YaRN)."""
+    cos, sin = rotation
+    return rotate(x, torch.stack([cos, -sin]), pairs)
+
+
 class FedBack(NamedTuple):
     """The next query (B, H, T, D), and its direction at root mean square 1, None where the feedback keeps no norm."""
 

@@ -80,6 +80,8 @@ class FocusProblem:
         "gain",
         "position_bias",
     )
+    # Those that no gradient is given of come behind
+    ALL_TENSORS = (*TENSORS, "rotation", "attention_mask")
 
     def __post_init__(self) -> None:
         if self.query.ndim != 4:

@@ -7,6 +7,7 @@ forward hands them on, as the keyword `focus_rotation`; no forward is copied, an
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -66,11 +67,6 @@ class Rotation(NamedTuple):
         once = both if self.angles == "once" else both[..., : both.shape[-1] // 2]
         return torch.cat([once, once], dim=-1) if self.pairs == "halves" else once.repeat_interleave(2, dim=-1)
 
-    def undo(self, x: Tensor) -> Tensor:
-        """Queries (B, H, T, D) as they were before they were rotated (times the square of what scales cos and sin)."""
-        cos, sin = self.values.to(x.device)
-        return rotate(x, torch.stack([cos, -sin]), self.pairs)
-
 
 @dataclass(frozen=True)
 class RotationHook:
@@ -129,6 +125,7 @@ def stop_handing_on(module: nn.Module) -> None:
         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
+@cache
 def find_layout(function: Callable[..., Any], size: int = 8) -> tuple[str, str] | None:
     """`pairs` and `angles` of a model's own function, found by what it does to numbers; None: something else.
 

@@ -158,6 +158,18 @@ def check_causality(case: Case) -> None:
     assert leak <= 1e-6, f"what comes later changes what is before by {leak:.1e}"
 
 
+def _hold_for_base(case: Case, gap: Callable[[PreTrainedModel], float], what: str) -> None:
+    """Go on only where the base model runs on text alone, and `what` changes nothing in it."""
+    try:
+        base = gap(case.plain)
+    except NotHere:
+        raise
+    except Exception as error:
+        raise NotHere(f"the base model does not run on text alone ({short(error)[:80]})") from error
+    if base > TOLERANCE:
+        raise NotHere(f"{what} changes the base model too")
+
+
 def check_padding(case: Case) -> None:
     if case.ids != "input_ids":
         raise NotHere("decoder's prompt is one token")
@@ -175,14 +187,7 @@ def check_padding(case: Case) -> None:
         padded = logits(model, input_ids=torch.nn.functional.pad(ids, (5, 0)), attention_mask=mask, **more)
         return (padded[:, 5:] - alone).abs().max().item() / max(1.0, alone.abs().max().item())
 
-    try:
-        base = gap(case.plain)
-    except NotHere:
-        raise
-    except Exception as error:
-        raise NotHere(f"the base model does not run on text alone ({short(error)[:80]})") from error
-    if base > TOLERANCE:
-        raise NotHere("padding changes the base model too")
+    _hold_for_base(case, gap, "padding")
     found = gap(case.acting())
     assert found <= TOLERANCE, f"padding on the left changes logits by {found:.1e}"
 
@@ -201,14 +206,7 @@ def check_place(case: Case) -> None:
         )
         return (near - far).abs().max().item() / max(1.0, near.abs().max().item())
 
-    try:
-        base = gap(case.plain)
-    except NotHere:
-        raise
-    except Exception as error:
-        raise NotHere(f"the base model does not run on text alone ({short(error)[:80]})") from error
-    if base > TOLERANCE:
-        raise NotHere("the place changes the base model too")
+    _hold_for_base(case, gap, "the place")
     found = gap(case.acting())
     known = all(has_known_rotation(module) for module in case.model.modules() if hasattr(module, "focus"))
     if found > TOLERANCE and not known:

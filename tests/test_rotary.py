@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_focus import FocusConfig, apply_focus, remove_focus
 from hf_focus.branch import FocusBranch
-from hf_focus.iteration import rotate
+from hf_focus.iteration import rotate, rotate_back
 from hf_focus.rotary import CONDITIONAL, Rotation, RotationHook, find_layout
 
 # Model types with each of the ways to lay out pairs and angles, and to rotate a part of a head
@@ -46,7 +46,7 @@ def test_rotation_is_the_models_own(model_type: str) -> None:
     rotated = rotate(query, rotation.values, rotation.pairs)
     # Features beyond the rotated ones stay
     torch.testing.assert_close(rotated, torch.cat([own, query[..., 8:]], dim=-1))
-    torch.testing.assert_close(rotation.undo(rotated), query)
+    torch.testing.assert_close(rotate_back(rotated, rotation.values, rotation.pairs), query)
 
 
 def test_another_function_is_no_rotation() -> None:
