@@ -11,7 +11,7 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, FocusError, bad_value
 from .interface import focus_name
-from .rotary import hand_on_rotation, stop_handing_on
+from .rotation_hooks import RotationHook, hand_on_rotation, stop_handing_on
 
 
 class AttentionConfig:
@@ -55,11 +55,11 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
         self._attention = (attention,)
         self.train(attention.training)
 
-    def add(self, adapter_name: str, branch: FocusBranch) -> None:
-        """Take in the branch of one more adapter."""
+    def add(self, adapter_name: str, branch: FocusBranch, rotation: RotationHook | None) -> None:
+        """Take in the branch of one more adapter, and the hook of the attention layer if it rotates its queries."""
         attention = self.get_base_layer()
         if not self.focus_branches:
-            hand_on_rotation(attention)
+            hand_on_rotation(attention, rotation)
         self.focus_branches[adapter_name] = branch
         attention.add_module("focus", self)
         if not isinstance(attention.config, AttentionConfig):

@@ -26,7 +26,7 @@ from .errors import (
 from .focus_configs import is_focus
 from .interface import focus_name, global_name
 from .modeling import Adoption, adopt, plan_adoption
-from .sites import Site, build_branches, install, plan
+from .sites import Site, build_branches, install, plan, with_rotary
 
 # Part of every saved name, and by it transformers finds where the adapter's name goes
 CONTAINER = ".focus_branches."
@@ -70,16 +70,16 @@ class FocusTuner:
                 vars(model).pop("_hf_peft_config_loaded", None)
             raise
         # After all that can fail
-        for path, branch in branches.items():
-            attention = model.get_submodule(path)
+        for site in sites:
+            attention, branch = model.get_submodule(site.path), branches[site.path]
             layer = getattr(attention, "focus", None)
             if layer is None:
                 layer = FocusAdapterLayer(attention)
                 layer.set_adapter(self.active_adapters)
             branch.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-            layer.add(adapter_name, branch)
-            if path not in self.targeted_module_names:
-                self.targeted_module_names.append(path)
+            layer.add(adapter_name, branch, site.rotation)
+            if site.path not in self.targeted_module_names:
+                self.targeted_module_names.append(site.path)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's.
@@ -241,7 +241,7 @@ def plan_adapter(
         raise FocusCheckpointError(bad_value(path, layers.get(path, "no such layer"), accepted))
     _check_name(model, settings, adapter_name)
     config = copy.copy(config)
-    config.base_model_type, config.focus_architecture = model_type, architecture.to_dict()
+    config.base_model_type, config.focus_architecture = model_type, with_rotary(architecture, sites).to_dict()
     config.focus_layers = layers
     return config, sites
 

@@ -1,10 +1,12 @@
 """What identifies the self-attention of an architecture: declarations, and the registry of them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import FocusConfigError, bad_value
+from .iteration import ROTARY_PAIRS
 
 # Attention to another sequence, by the name that models give the module
 CROSS_ATTENTION = r"(^|\.)(encoder_attn|x_attn|EncDecAttention|\w*cross_?att(n|ention)\w*)(\.|$)"
@@ -53,6 +55,10 @@ class Architecture:
         causal: whether its tokens see only the past: True, False, or an attribute of the module or its config that
             says so; None: `is_causal` of the module, False where it has none.
         parts: declarations of model types within this one (the text model of a multimodal one), which go first.
+        rotary: class name of attention, of a part too -> which features of a query it rotates together, `"halves"` or
+            `"neighbours"` (see `iteration.turn`); classes that are not in it do not rotate. None: found in the code of
+            the model; what was found is saved with it, so that a release of transformers that rotates in another way
+            is refused.
     """
 
     model_type: str
@@ -67,6 +73,7 @@ class Architecture:
     bias: bool = False
     causal: bool | str | None = None
     parts: tuple["Architecture", ...] = ()
+    rotary: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         names = [self.attention] if isinstance(self.attention, str) else self.attention
@@ -81,6 +88,11 @@ class Architecture:
         if not isinstance(self.parts, (tuple, list)) or not all(isinstance(part, Architecture) for part in self.parts):
             raise FocusConfigError(bad_value("parts", self.parts, "a list of Architecture"))
         object.__setattr__(self, "parts", tuple(self.parts))
+        if self.rotary is not None:
+            if not isinstance(self.rotary, Mapping) or not set(self.rotary.values()) <= set(ROTARY_PAIRS):
+                accepted = f"None or a dict of class names and {' or '.join(map(repr, ROTARY_PAIRS))}"
+                raise FocusConfigError(bad_value("rotary", self.rotary, accepted))
+            object.__setattr__(self, "rotary", dict(self.rotary))
         listed = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
         if not listed or not (names or self.parts):
             raise FocusConfigError(bad_value("attention", self.attention, "one or more class names"))

@@ -16,8 +16,8 @@ from .interface import global_name
 
 MODEL_TYPE_PREFIX = "focus_"
 # Of what is saved: raised when older code could not read it rightly
-# 2: what is fed back may be rotated
-FORMAT = 2
+# 2: what is fed back may be rotated; 3: which layers rotate is saved
+FORMAT = 3
 
 
 class FocusConfigMixin:

@@ -17,7 +17,7 @@ from .masks import find_query_offset
 from .matching import is_matching, note_distance
 from .model_masks import with_band_mask
 from .projections import layer_feedback
-from .rotary import KEYWORD
+from .rotation_hooks import KEYWORD
 
 PREFIX = "focus|"
 # Attention of the global branch; each has its name here and in `config._attn_implementation`, behind the prefix

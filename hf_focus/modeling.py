@@ -32,7 +32,7 @@ from .interface import focus_name, global_name, register_interface
 from .model_masks import as_tensor
 from .penalty import with_span_penalty
 from .refiner import Refiner
-from .sites import Site, build_branches, install, plan
+from .sites import Site, build_branches, install, plan, with_rotary
 from .span import AdaptiveSpan, Predictor
 
 # Loaded as remote code, nothing but this module is imported
@@ -51,8 +51,9 @@ class FocusMixin:
         super().__init__(config, *inputs, **kwargs)
         focus_config, architecture = read_patch(config)
         architecture = architecture_of(self) if architecture is None else architecture
-        config.focus_architecture = architecture.to_dict()
         sites = plan(self, focus_config, architecture)
+        architecture = with_rotary(architecture, sites)
+        config.focus_architecture = architecture.to_dict()
         adoption = plan_adoption(self, sites, focus_config, architecture)
         empty = [site for site in sites if not hasattr(site.module, "focus")]
         install(empty, build_branches(empty, focus_config, torch.get_default_dtype()))

@@ -14,9 +14,9 @@ from .errors import AlreadyPatchedError, FocusConfigError, NotPatchedError, bad_
 from .focus_configs import is_focus, repoint, to_base
 from .modeling import FocusMixin, adopt, plan_adoption
 from .projections import layer_feedback
-from .rotary import stop_handing_on
+from .rotation_hooks import stop_handing_on
 from .routing import unrouted_class
-from .sites import build_branches, install, plan
+from .sites import build_branches, install, plan, with_rotary
 
 
 def apply_focus(
@@ -54,6 +54,7 @@ def apply_focus(
     config = FocusConfig.build(config, **settings)
     architecture = architecture_of(model)
     sites = plan(model, config, architecture)
+    architecture = with_rotary(architecture, sites)
     # Everything that can fail comes before the first change
     adoption = plan_adoption(model, sites, config, architecture)
     branches = build_branches(sites, config, model.dtype)

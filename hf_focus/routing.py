@@ -18,7 +18,8 @@ from .call_checks import check_call
 from .errors import UnsupportedArchitectureError
 from .masks import find_query_offset, is_visible, limit_distance
 from .projections import layer_feedback
-from .rotary import KEYWORD, Rotation
+from .rotary import Rotation
+from .rotation_hooks import KEYWORD
 
 _PRODUCTS = {
     torch.matmul: ("input", "other"),

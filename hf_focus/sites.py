@@ -1,10 +1,11 @@
 """The places in a model that FocusA goes to: found, checked against the settings, and filled."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from .architecture import HEAD_DIM, NUM_HEADS, VALUE_HEAD_DIM, WIDTH, Architecture
@@ -12,13 +13,13 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
 from .projections import find_projections
-from .rotary import hand_on_rotation
-from .routing import routed_class
+from .rotation_hooks import RotationHook, find_hook, hand_on_rotation, rotates
+from .routing import routed_class, unrouted_class
 
 
 @dataclass(frozen=True)
 class Site:
-    """One self-attention module: its path, layer number within its stack, and sizes."""
+    """One self-attention module: its path, layer number within its stack, and sizes; its rotary positions' hook."""
 
     path: str
     module: nn.Module
@@ -29,6 +30,7 @@ class Site:
     is_causal: bool
     declared_causal: bool | None = None
     route: "RoutedScores | None" = None
+    rotation: RotationHook | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     Raises:
         NoMatchingLayerError: `config.layers` or `config.modules` names what does not exist.
         FocusConfigError: settings that this model cannot have.
-        UnsupportedArchitectureError: see `find_sites`.
+        UnsupportedArchitectureError: see `find_sites`; or layers that rotate in another way than `architecture` says.
     """
     sites = _within(find_sites(model, architecture), config.modules, model)
     if config.layers is not None:
@@ -156,7 +158,32 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if config.feedback_through == "layer" and config.max_iterations > 1:
         for site in sites:
             find_projections(site.module, site.num_heads, site.head_dim, site.value_head_dim)
-    return sites
+    return [replace(site, rotation=_find_rotation(site, architecture)) for site in sites]
+
+
+def _find_rotation(site: Site, architecture: Architecture) -> RotationHook | None:
+    module_class = unrouted_class(type(site.module))
+    hook, name = find_hook(module_class), module_class.__name__
+    if architecture.rotary is not None:
+        wanted, found = architecture.rotary.get(name), None if hook is None else hook.pairs
+        if wanted is None:
+            return None
+        if found != wanted:
+            accepted = (
+                f"{found!r}, as in transformers {transformers.__version__}; a model that was saved where {name}"
+                " rotates otherwise needs a release in which it does"
+            )
+            raise UnsupportedArchitectureError(bad_value(f"rotary[{name!r}]", wanted, accepted))
+    return hook if hook is not None and rotates(site.module) else None
+
+
+def with_rotary(architecture: Architecture, sites: list[Site]) -> Architecture:
+    """`architecture` with what was found of its rotary positions, to be saved."""
+    if architecture.rotary is not None:
+        return architecture
+    classes = {unrouted_class(type(site.module)) for site in sites}
+    hooks = {module_class.__name__: find_hook(module_class) for module_class in classes}
+    return replace(architecture, rotary={name: hook.pairs for name, hook in sorted(hooks.items()) if hook is not None})
 
 
 def _within(sites: list[Site], pattern: str | None, model: nn.Module) -> list[Site]:
@@ -189,7 +216,7 @@ def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
     """Put the branches on their modules."""
     for site in sites:
         site.module.add_module("focus", branches[site.path])
-        hand_on_rotation(site.module)
+        hand_on_rotation(site.module, site.rotation)
         if site.route is not None:
             branches[site.path].route = site.route
             site.module.__class__ = routed_class(type(site.module))

@@ -30,7 +30,6 @@ from hf_focus import apply_focus, record_focus, remove_focus
 from hf_focus.architecture import Architecture
 from hf_focus.discovery import interface_call
 from hf_focus.masks import is_visible
-from hf_focus.rotary import has_known_rotation
 
 
 def check_whole(case: Case) -> None:
@@ -208,7 +207,8 @@ def check_place(case: Case) -> None:
 
     _hold_for_base(case, gap, "the place")
     found = gap(case.acting())
-    known = all(has_known_rotation(module) for module in case.model.modules() if hasattr(module, "focus"))
+    known = case.model.config.focus_architecture["rotary"]
+    known = all(type(module).__name__ in known for module in case.model.modules() if hasattr(module, "focus"))
     if found > TOLERANCE and not known:
         raise NotHere("a rotation that is not known")
     assert found <= TOLERANCE, f"the place in the text changes logits by {found:.1e}"

@@ -1,21 +1,27 @@
 """Rotary positions: with them a patched layer knows distances between tokens, and not their places in the text."""
 
+import json
 import pickle
 import re
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from tiny import CAUSAL_LMS, ENCODERS, LENGTH, SETTINGS, TINY, logits, patched, tokens
+from peft import PeftModel, get_peft_model
+from tiny import CAUSAL_LMS, ENCODERS, LENGTH, SETTINGS, TINY, logits, patched, randomize, tokens
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from hf_focus import FocusConfig, apply_focus, remove_focus
+from hf_focus import FocusAdapterConfig, FocusConfig, apply_focus, remove_focus
 from hf_focus.branch import FocusBranch
+from hf_focus.errors import FocusCheckpointError, UnsupportedArchitectureError
 from hf_focus.iteration import rotate, rotate_back
-from hf_focus.rotary import CONDITIONAL, Rotation, RotationHook, find_layout
+from hf_focus.rotary import Rotation, find_layout
+from hf_focus.rotation_hooks import CONDITIONAL, RotationHook, find_hook
 
 # Model types with each of the ways to lay out pairs and angles, and to rotate a part of a head
 LAYOUTS = {
@@ -95,6 +101,75 @@ def test_layers_without_a_known_rotation_have_none() -> None:
     assert len(hooks(apply_focus(TINY["llama"].build(), FocusConfig.build(SETTINGS, layers=[1])))) == 1
 
 
+NO_ROPE = {
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "cohere2": ("Cohere2", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}),
+    "exaone4": ("Exaone4", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROPE)
+def test_layers_without_positions_among_those_with_them(name: str) -> None:
+    prefix, changes = NO_ROPE[name]
+    sizes = {**TINY["llama"].sizes, **changes, "max_position_embeddings": 2 * FAR, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**sizes))
+    randomize(apply_focus(model.eval(), FocusConfig.build(SETTINGS, base_threshold=0.0))).double()
+    assert len(hooks(model)) == 1
+    ids = tokens()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    near, far = (logits(model, **inputs, position_ids=torch.arange(LENGTH)[None] + start) for start in (0, FAR))
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-4)
+
+
+def saved_with(folder: Path, name: str, **rotary: Any) -> Path:
+    """The folder, as if what its layers rotate had been found to be `rotary`; without it: not saved."""
+    values = json.loads((folder / name).read_text())
+    values["focus_architecture"].pop("rotary", None)
+    values["focus_architecture"] |= rotary
+    (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+def test_how_layers_rotate_is_saved_and_checked(tmp_path: Path) -> None:
+    model = patched("llama")
+    model.save_pretrained(tmp_path)
+    assert model.config.focus_architecture["rotary"] == {"LlamaAttention": "halves"}
+    load = AutoModelForCausalLM.from_pretrained
+    # Of an earlier format
+    assert len(hooks(load(saved_with(tmp_path, "config.json")))) == 2
+    # Made by a release that did not know how they rotate
+    silent = load(saved_with(tmp_path, "config.json", rotary={}))
+    assert not hooks(silent)
+    unrotated = patched("llama", FocusConfig.build(SETTINGS, rotate_feedback=False))
+    assert torch.equal(logits(silent, input_ids=tokens()), logits(unrotated, input_ids=tokens()))
+    saved_with(tmp_path, "config.json", rotary={"LlamaAttention": "neighbours"})
+    message = r"`rotary\['LlamaAttention'\]` got 'neighbours'; accepted: 'halves', as in"
+    with pytest.raises(UnsupportedArchitectureError, match=message):
+        load(tmp_path)
+    saved_with(tmp_path, "config.json", rotary="halves")
+    with pytest.raises(FocusCheckpointError, match="`rotary` got 'halves'; accepted: None or a dict of class names"):
+        load(tmp_path)
+
+
+def test_an_adapter_saves_how_layers_rotate(tmp_path: Path) -> None:
+    base = TINY["llama"].build()
+    adapted = get_peft_model(base, FocusAdapterConfig(focus_config=SETTINGS, task_type="CAUSAL_LM"))
+    assert len(hooks(adapted)) == 2
+    adapted.save_pretrained(tmp_path)
+    saved_with(tmp_path, "adapter_config.json", rotary={})
+    assert not hooks(PeftModel.from_pretrained(TINY["llama"].build(), tmp_path))
+    saved_with(tmp_path, "adapter_config.json", rotary={"LlamaAttention": "neighbours"})
+    plain = TINY["llama"].build()
+    with pytest.raises(UnsupportedArchitectureError, match="got 'neighbours'"):
+        PeftModel.from_pretrained(plain, tmp_path)
+    assert not hooks(plain)
+
+
+def test_latent_attention_is_not_rotated() -> None:
+    assert find_hook(transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention) is None
+
+
 def test_attention_that_rotates_on_a_condition_is_known() -> None:
     """Read from the code of the installed transformers: `if …:`, and the rotation within three lines of it."""
     condition = re.compile(
@@ -110,4 +185,4 @@ def test_attention_that_rotates_on_a_condition_is_known() -> None:
             if match[2] not in (None, *NO_ANGLES, "not is_cross_attention"):
                 found.add(current)
     assert "SmolLM3Attention" in found
-    assert found <= CONDITIONAL
+    assert found <= CONDITIONAL.keys()

@@ -1,0 +1,110 @@
+"""Which attention layers rotate their queries and how, told to the attention function of each layer.
+
+transformers rotates queries before it calls an attention function, which sees no angles. A hook before the layer's
+forward hands them on, as the keyword `focus_rotation`; no forward is copied, and nothing is kept between calls.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .rotary import Rotation, find_layout
+
+KEYWORD = "focus_rotation"
+_ROTATES = "apply_rotary_pos_emb"
+# Classes whose forward rotates on a condition, and what it reads; None: on one of another kind, or it scales each
+# feature of what is rotated. Those are left as if they did not rotate
+CONDITIONAL: dict[str, Callable[[Any], bool] | None] = {
+    "AfmoeAttention": lambda module: module.is_local_attention,
+    "Cohere2Attention": lambda module: module.sliding_window is not None,
+    "Cohere2MoeAttention": lambda module: module.sliding_window is not None or module.force_rope,
+    "EsmSelfAttention": None,
+    "EvollaSaProtSelfAttention": None,
+    "Exaone4Attention": lambda module: module.sliding_window is None or module.is_sliding,
+    "Exaone4_5_Attention": lambda module: module.sliding_window is None or module.is_sliding,
+    "ExaoneMoeAttention": lambda module: module.sliding_window is None or module.is_sliding,
+    "FalconAttention": None,
+    "FalconFlashAttention2": None,
+    "FlintAttention": None,
+    "HunYuanDenseV1Attention": None,
+    "HunYuanMoEV1Attention": None,
+    "HunYuanVLDenseV1Attention": None,
+    "Kolibri1Attention": None,
+    "SmolLM3Attention": lambda module: module.use_rope,
+    "TimesFm2_5Attention": None,
+    "Zamba2Attention": None,
+}
+
+
+@dataclass(frozen=True)
+class RotationHook:
+    """Before an attention layer's forward: hands on the angles that it is called with, if it is.
+
+    Args:
+        place: of `position_embeddings` among the positional arguments.
+        pairs, angles: see `Rotation`.
+    """
+
+    place: int
+    pairs: str
+    angles: str
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = args[self.place] if len(args) > self.place else kwargs.get("position_embeddings")
+        pair = isinstance(given, (tuple, list)) and len(given) == 2
+        if not pair or not all(isinstance(x, Tensor) and x.ndim == 3 for x in given):
+            return None
+        return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
+
+
+@cache
+def find_hook(module_class: type[nn.Module]) -> RotationHook | None:
+    """The hook of the layers of a class that rotate; None: they do not, or not in a way that is known here."""
+    forward = inspect.unwrap(module_class.forward)
+    function = getattr(forward, "__globals__", {}).get(_ROTATES)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    if function is None or _ROTATES not in names or CONDITIONAL.get(_owner(forward), _always) is None:
+        return None
+    parameters = inspect.signature(module_class.forward).parameters
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # Latent attention rotates the last features of a head and not the first
+    if not takes_more or "position_embeddings" not in parameters or "qk_rope_head_dim" in names:
+        return None
+    layout = find_layout(function)
+    # The first parameter is `self`
+    return None if layout is None else RotationHook(list(parameters).index("position_embeddings") - 1, *layout)
+
+
+def rotates(module: nn.Module) -> bool:
+    """Whether a layer of a class that has a hook rotates."""
+    condition = CONDITIONAL.get(_owner(inspect.unwrap(type(module).forward)), _always)
+    return condition is not None and bool(condition(module))
+
+
+def _owner(forward: Callable[..., Any]) -> str:
+    """Name of the class that a forward is of: others may inherit it."""
+    return getattr(forward, "__qualname__", "").partition(".")[0]
+
+
+def _always(module: nn.Module) -> bool:
+    return True
+
+
+def hand_on_rotation(module: nn.Module, hook: RotationHook | None) -> None:
+    """Give an attention module its hook, if it has one."""
+    if hook is not None:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def stop_handing_on(module: nn.Module) -> None:
+    """Take the hook off again."""
+    hooks = module._forward_pre_hooks
+    for number in [number for number, hook in hooks.items() if isinstance(hook, RotationHook)]:
+        del hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
