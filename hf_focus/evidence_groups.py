@@ -122,9 +122,10 @@ GROUPS: dict[str, Group] = {
             for name, title in _NEEDLES.items()
         ),
         _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),
-               variants=PARTS, steps=3000),
+               variants=PARTS, settings={"length": 64, "names": 2, "mentions": 4}, batch=32, steps=1000),
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
-               (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS, batch=16),
+               (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS,
+               settings={"length": 128}, batch=16, steps=600),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
         _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10,
                 note="Queries and keys that are not normalised lose half of the seeds: most chains of look-ups are"
@@ -140,7 +141,7 @@ GROUPS: dict[str, Group] = {
         _tuned("dyck", 4, "Dyck-(4, 5)", "dyck",
                (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
         _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
-               (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), steps=4000),
+               (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), batch=32, steps=1000),
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
                variants=("focus, near", "focus, near, not rotated", "plain", "hybrid, near", "adaptive span"),
                batch=4, steps=400, examples=32,
@@ -151,7 +152,7 @@ GROUPS: dict[str, Group] = {
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
-               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=800, variants=("focus", "plain", "hybrid"),
+               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=400, variants=("focus", "plain", "hybrid"),
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),

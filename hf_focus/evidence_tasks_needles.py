@@ -193,7 +193,7 @@ TASKS = [
         settings={
             "length": 128, "names": 4, "longest": 4, "words": 32, "mentions": 6, "num_labels": 5,
         },
-        focus=lambda **_: {"max_span": 128, "ramp": 16},
+        focus=lambda length, **_: {"max_span": length, "ramp": 16},
         encoder=True,
         measure=_count_spans,
     ),
@@ -207,7 +207,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 256, "part": "train", "num_labels": 5, "files": 200},
         tests={"held out": {"part": "held_out"}},
-        focus=lambda **_: {"max_span": 128, "ramp": 16},
+        focus=lambda length, **_: {"max_span": length, "ramp": 16},
         encoder=True,
         measure=_count_spans,
     ),
