@@ -6,7 +6,7 @@ from statistics import median_low
 import torch
 from torch import Generator
 
-from .evidence_types import IGNORED, Batch, Task
+from .evidence_types import IGNORED, SHORT_SPANS, Batch, Task
 
 # Distances up to these, and beyond, are reported apart
 NEAR, FAR = 8, 24
@@ -113,6 +113,6 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"least": 16, "length": 64, "arguments": 5, "depth": 4},
         tests={"2 L": {"least": 64, "length": 128}},
-        focus=lambda **_: {"max_span": 64, "ramp": 16},
+        focus=lambda **_: SHORT_SPANS,
     ),
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .evidence_spans import batch_span_counts
-from .evidence_types import IGNORED, Batch, Task
+from .evidence_types import IGNORED, SHORT_SPANS, Batch, Task
 from .stdlib_text import is_held_out, stdlib_files
 
 # Kinds of tokens of Python source that are spans to find in real text
@@ -193,7 +193,7 @@ TASKS = [
         settings={
             "length": 128, "names": 4, "longest": 4, "words": 32, "mentions": 6, "num_labels": 5,
         },
-        focus=lambda length, **_: {"max_span": length, "ramp": 16},
+        focus=lambda **_: SHORT_SPANS,
         encoder=True,
         measure=_count_spans,
     ),
@@ -207,7 +207,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 256, "part": "train", "num_labels": 5, "files": 200},
         tests={"held out": {"part": "held_out"}},
-        focus=lambda length, **_: {"max_span": length, "ramp": 16},
+        focus=lambda **_: SHORT_SPANS,
         encoder=True,
         measure=_count_spans,
     ),

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator
 
-from .evidence_types import IGNORED, Batch, Task
+from .evidence_types import IGNORED, SHORT_SPANS, Batch, Task
 
 
 def associative_recall(
@@ -104,7 +104,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 64, "pairs": 8, "vocabulary": 64, "power": 0.01},
         tests={**_longer(64), "4 pairs": {"pairs": 4}, "16 pairs": {"pairs": 16}},
-        focus=lambda **_: {"max_span": 64, "ramp": 16},
+        focus=lambda **_: SHORT_SPANS,
     ),
     Task(
         name="passkey",

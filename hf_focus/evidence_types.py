@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 from .errors import FocusConfigError, bad_value
 
 IGNORED = -100
+# Settings of FocusA where the token before is what a layer needs first: spans begin as a token or less, with hard ends
+SHORT_SPANS = {"max_span": 16, "ramp": 2, "initial_span": 0.02}
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,10 @@ VARIANTS: dict[str, Variant] = {
     "2 iterations": _focus("2 iterations", max_iterations=2),
     "4 iterations": _focus("4 iterations", max_iterations=4),
     "10 iterations": _focus("10 iterations", max_iterations=10),
+    "soft spans, not rotated": _focus(
+        "… spans of up to 64 tokens with soft ends, feedback not rotated",
+        max_span=64, ramp=16, initial_span=0.5, rotate_feedback=False,
+    ),
     "not rotated": _focus("feedback not rotated", rotate_feedback=False),
     "not normalized": _focus("feedback not rotated, queries not normalised", qk_norm=False, rotate_feedback=False),
     "through features": _focus("feedback through the features alone", feedback_through="features"),
