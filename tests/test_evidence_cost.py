@@ -13,7 +13,7 @@ from hf_focus.evidence_variants import Sizes, build
 
 
 def test_keys_read() -> None:
-    task = find_task("recall")
+    task = find_task("dyck")
     ids = task.batch(1, torch.Generator().manual_seed(0), task.settings).input_ids
     for name, read, kept in (("plain", 64, 64), ("focus", 64, 64), ("hybrid, near", 32 + 4, 32 + 4)):
         # The span, half of 32 at first, and its soft edge of 16; and the sinks
