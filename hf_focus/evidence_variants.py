@@ -69,6 +69,9 @@ FROM_SCRATCH = {
     "local_start": 1.0,
     "refiner": False,
 }
+# Of encoders, whose output projection is in another module; and a mean of both sides' values in full, which says
+# nothing of their order, kept them from learning
+ENCODER = {"feedback_through": "features", "local_start": 0.3}
 _ONE_PASS = {"max_iterations": 1, "refiner": False}
 
 
@@ -166,9 +169,8 @@ def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) ->
     if variant.focus is None:
         return None
     near = {} if variant.near is None else {"max_dist": max(1, round(variant.near * task.length(**settings)))}
-    # An encoder's output projection is in another module
-    through = {"feedback_through": "features"} if task.encoder else {}
-    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus, **through}).to_dict()
+    encoder = ENCODER if task.encoder and variant.focus else {}
+    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus, **encoder}).to_dict()
 
 
 def build(
