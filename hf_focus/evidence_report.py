@@ -34,9 +34,10 @@ METHOD = f"""## How it was measured
 
 - **FocusA** is what the README says for training from scratch ({_SETTINGS}, else the defaults), with spans and a
   number of iterations that fit the task; the models marked as patched start from the defaults. Encoders feed back
-  through the features, and their local output starts at 0.3. These settings were chosen in tries on the k-step lookup;
-  where the token before matters (recall, ListOps, spans of text), spans are of at most 16 tokens, begin as a third of
-  one and end hard, which was chosen on recall and listed names. All tries were on seeds that are in no table.
+  through the features. These settings were chosen in tries on the k-step lookup; where the token before matters
+  (recall, ListOps, spans of text), spans are of at most 16 tokens, begin as a third of one and end hard, which was
+  chosen on recall and listed names (where the local output also starts at 0.3). All tries were on seeds that are in no
+  table.
 - **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
   has more; "four times through the layer" uses one layer's weights four times), read the same examples in the same
   order and make as many steps; decoders have tied embeddings. FocusA computes more: up to `max_iterations` local

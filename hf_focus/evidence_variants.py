@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Variant:
     Args:
         title: for the report.
         focus: settings of FocusA; None: a model without it.
+        start: settings that those of the task go before.
         attention: a name in `evidence_attention.ATTENTIONS`, for a model without FocusA.
         more_layers: besides those of the row.
         qk_norm: the model's own attention normalises queries and keys (a Qwen3 and not a Llama).
@@ -47,6 +48,7 @@ class Variant:
 
     title: str
     focus: Mapping[str, Any] | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)
     attention: str | None = None
     more_layers: int = 0
     qk_norm: bool = False
@@ -69,16 +71,13 @@ FROM_SCRATCH = {
     "local_start": 1.0,
     "refiner": False,
 }
-# Of encoders, whose output projection is in another module; and a mean of both sides' values in full, which says
-# nothing of their order, kept them from learning
-ENCODER = {"feedback_through": "features", "local_start": 0.3}
 _ONE_PASS = {"max_iterations": 1, "refiner": False}
 
 
 def _focus(
     title: str, *, frozen: tuple[str, ...] = (), near: float | None = None, rate: float = 1.0, **settings: Any
 ) -> Variant:
-    return Variant(title, {**FROM_SCRATCH, **settings}, frozen=frozen, near=near, focus_rate=rate)
+    return Variant(title, settings, start=FROM_SCRATCH, frozen=frozen, near=near, focus_rate=rate)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -169,8 +168,9 @@ def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) ->
     if variant.focus is None:
         return None
     near = {} if variant.near is None else {"max_dist": max(1, round(variant.near * task.length(**settings)))}
-    encoder = ENCODER if task.encoder and variant.focus else {}
-    return FocusConfig.build({**task.focus(**settings), **near, **variant.focus, **encoder}).to_dict()
+    # An encoder's output projection is in another module
+    through = {"feedback_through": "features"} if task.encoder else {}
+    return FocusConfig.build({**variant.start, **task.focus(**settings), **near, **variant.focus, **through}).to_dict()
 
 
 def build(
