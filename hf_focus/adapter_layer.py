@@ -56,10 +56,9 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
         self.train(attention.training)
 
     def add(self, adapter_name: str, branch: FocusBranch, rotation: RotationHook | None) -> None:
-        """Take in the branch of one more adapter, and the hook of the attention layer if it rotates its queries."""
+        """Take in the branch of one more adapter, and the hook that it needs: which others are told of and leave."""
         attention = self.get_base_layer()
-        if not self.focus_branches:
-            hand_on_rotation(attention, rotation)
+        hand_on_rotation(attention, rotation)
         self.focus_branches[adapter_name] = branch
         attention.add_module("focus", self)
         if not isinstance(attention.config, AttentionConfig):

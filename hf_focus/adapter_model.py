@@ -77,7 +77,7 @@ class FocusTuner:
                 layer = FocusAdapterLayer(attention)
                 layer.set_adapter(self.active_adapters)
             branch.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
-            layer.add(adapter_name, branch, site.rotation)
+            layer.add(adapter_name, branch, site.rotation_hook)
             if site.path not in self.targeted_module_names:
                 self.targeted_module_names.append(site.path)
 
@@ -241,7 +241,10 @@ def plan_adapter(
         raise FocusCheckpointError(bad_value(path, layers.get(path, "no such layer"), accepted))
     _check_name(model, settings, adapter_name)
     config = copy.copy(config)
-    config.base_model_type, config.focus_architecture = model_type, with_rotary(architecture, sites).to_dict()
+    config.base_model_type, config.focus_architecture = (
+        model_type,
+        with_rotary(architecture, sites, settings).to_dict(),
+    )
     config.focus_layers = layers
     return config, sites
 

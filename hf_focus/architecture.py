@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import FocusConfigError, bad_value
@@ -55,10 +55,10 @@ class Architecture:
         causal: whether its tokens see only the past: True, False, or an attribute of the module or its config that
             says so; None: `is_causal` of the module, False where it has none.
         parts: declarations of model types within this one (the text model of a multimodal one), which go first.
-        rotary: class name of attention, of a part too -> which features of a query it rotates together, `"halves"` or
+        rotary: class name of attention -> which features of a query it rotates together, `"halves"` or
             `"neighbours"` (see `iteration.turn`); classes that are not in it do not rotate. None: found in the code of
-            the model; what was found is saved with it, so that a release of transformers that rotates in another way
-            is refused.
+            the model; what was found is saved with it, so that a release in which the class does otherwise is refused.
+            That of a part goes before that of the whole.
     """
 
     model_type: str
@@ -73,7 +73,7 @@ class Architecture:
     bias: bool = False
     causal: bool | str | None = None
     parts: tuple["Architecture", ...] = ()
-    rotary: Mapping[str, str] | None = None
+    rotary: Mapping[str, str] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         names = [self.attention] if isinstance(self.attention, str) else self.attention
@@ -89,7 +89,10 @@ class Architecture:
             raise FocusConfigError(bad_value("parts", self.parts, "a list of Architecture"))
         object.__setattr__(self, "parts", tuple(self.parts))
         if self.rotary is not None:
-            if not isinstance(self.rotary, Mapping) or not set(self.rotary.values()) <= set(ROTARY_PAIRS):
+            known = isinstance(self.rotary, Mapping) and all(
+                isinstance(name, str) and pairs in ROTARY_PAIRS for name, pairs in self.rotary.items()
+            )
+            if not known:
                 accepted = f"None or a dict of class names and {' or '.join(map(repr, ROTARY_PAIRS))}"
                 raise FocusConfigError(bad_value("rotary", self.rotary, accepted))
             object.__setattr__(self, "rotary", dict(self.rotary))

@@ -51,7 +51,8 @@ class FocusBranch(nn.Module):
         self.value_head_dim = value_head_dim
         dims = num_heads * value_head_dim
         self.predictor = Predictor(dims, num_heads if config.per_head_span else 1, config.initial_span)
-        self.span = AdaptiveSpan(num_heads, config.max_span, config.temperature, config.sharpen, config.temp_scale)
+        temperature = (config.temperature, config.sharpen, config.temp_scale, config.exponent_start)
+        self.span = AdaptiveSpan(num_heads, config.max_span, *temperature)
         self.refiner = (
             Refiner(actions=config.num_actions, alpha=config.alpha, gamma=config.gamma, epsilon=config.epsilon)
             if config.refiner
@@ -71,6 +72,8 @@ class FocusBranch(nn.Module):
         dense = config.combine == "projection"
         shape = (2 * dims, dims) if dense else (num_heads, 2 * value_head_dim, value_head_dim)
         self.join = _parameter(join, *shape)
+        # Whether the layer's rotation is heeded, if it is told: an adapter may be of a time when it was not known
+        self.rotates = True
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,7 +185,7 @@ class FocusBranch(nn.Module):
             scale = self.refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, action=action, **lesson)
 
         angles, pairs = None, "halves"
-        if rotation is not None and config.rotate_feedback and config.max_iterations > 1:
+        if rotation is not None and self.rotates and config.rotate_feedback and config.max_iterations > 1:
             angles, pairs = rotation.values.to(query.device), rotation.pairs
         # How often to look does not depend on where in the text a token is
         asking = query if angles is None or self.readout_weight is None else rotate_back(query, angles, pairs)

@@ -52,6 +52,7 @@ _RULES = {
     "span_penalty": NON_NEGATIVE,
     "qk_norm": BOOL,
     "temperature": choice("learned", "seed"),
+    "exponent_start": number("a number", lambda value: True),
     "sharpen": BOOL,
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
@@ -115,6 +116,9 @@ class FocusConfig:
             query then cannot make attention ever sharper: a model trained from scratch learns far more steadily.
         temperature: `"learned"` (a head learns how it depends on the span and on the number of keys: scalable
             softmax, 2501.19399) or `"seed"` (fixed, see `sharpen`).
+        exponent_start: with `temperature="learned"`: how the temperature depends on the number n of keys in the span
+            before training: 1/τ ∝ (1 + log n)^`exponent_start`, and τ = 1 at n = 16. At 1 logits grow with n as those
+            of scalable softmax do, so that attention is spread less where there are more keys than in training.
         sharpen: with `temperature="seed"`: τ = 1 + c(1 − s) if True, 0.5 + c·s if False, c = `temp_scale`.
         temp_scale: c above.
         feedback: how the output enters the next query: `"normalized"` (mixed in, norm kept) or
@@ -183,6 +187,7 @@ class FocusConfig:
     span_penalty: float = 0.0
     qk_norm: bool = False
     temperature: str = "learned"
+    exponent_start: float = 0.0
     sharpen: bool = True
     temp_scale: float = 0.01
     feedback: str = "normalized"

@@ -10,12 +10,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .iteration import log_weight, soft_span_mask
+from .span import NEUTRAL_KEYS
 
 PREFIX = "hf_focus_evidence_"
 # Of Adaptive Span (1905.07799), in tokens
 RAMP = 32
-# Keys at which the scaled logits start as plain ones
-NEUTRAL_KEYS = 16
 
 
 def scaled_attention(

@@ -52,7 +52,7 @@ class FocusMixin:
         focus_config, architecture = read_patch(config)
         architecture = architecture_of(self) if architecture is None else architecture
         sites = plan(self, focus_config, architecture)
-        architecture = with_rotary(architecture, sites)
+        architecture = with_rotary(architecture, sites, focus_config)
         config.focus_architecture = architecture.to_dict()
         adoption = plan_adoption(self, sites, focus_config, architecture)
         empty = [site for site in sites if not hasattr(site.module, "focus")]

@@ -54,7 +54,7 @@ def apply_focus(
     config = FocusConfig.build(config, **settings)
     architecture = architecture_of(model)
     sites = plan(model, config, architecture)
-    architecture = with_rotary(architecture, sites)
+    architecture = with_rotary(architecture, sites, config)
     # Everything that can fail comes before the first change
     adoption = plan_adoption(model, sites, config, architecture)
     branches = build_branches(sites, config, model.dtype)

@@ -7,7 +7,6 @@ forward hands them on, as the keyword `focus_rotation`; no forward is copied, an
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,11 +28,11 @@ CONDITIONAL: dict[str, Callable[[Any], bool] | None] = {
     "ExaoneMoeAttention": lambda module: module.sliding_window is None or module.is_sliding,
     "FalconAttention": None,
     "FalconFlashAttention2": None,
-    "FlintAttention": None,
+    "FlintAttention": lambda module: module.sliding_window is not None,
     "HunYuanDenseV1Attention": None,
     "HunYuanMoEV1Attention": None,
     "HunYuanVLDenseV1Attention": None,
-    "Kolibri1Attention": None,
+    "Kolibri1Attention": lambda module: module.sliding_window is None or module.is_sliding,
     "SmolLM3Attention": lambda module: module.use_rope,
     "TimesFm2_5Attention": None,
     "Zamba2Attention": None,
@@ -63,42 +62,38 @@ class RotationHook:
         return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
 
 
-@cache
-def find_hook(module_class: type[nn.Module]) -> RotationHook | None:
-    """The hook of the layers of a class that rotate; None: they do not, or not in a way that is known here."""
-    forward = inspect.unwrap(module_class.forward)
+def find_rotation(module: nn.Module) -> tuple[str | None, RotationHook | None]:
+    """How an attention module rotates its queries.
+
+    Returns:
+        which features its class rotates together, see `Rotation`; None: none, or not in a way that is known here;
+        the hook of this layer, if it is one that rotates.
+    """
+    forward = inspect.unwrap(type(module).forward)
     function = getattr(forward, "__globals__", {}).get(_ROTATES)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if function is None or _ROTATES not in names or CONDITIONAL.get(_owner(forward), _always) is None:
-        return None
-    parameters = inspect.signature(module_class.forward).parameters
+    # By the class that the forward is of: others may inherit it
+    condition = CONDITIONAL.get(getattr(forward, "__qualname__", "").partition(".")[0], lambda module: True)
+    parameters = inspect.signature(type(module).forward).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = function is not None and _ROTATES in names and condition is not None
     # Latent attention rotates the last features of a head and not the first
-    if not takes_more or "position_embeddings" not in parameters or "qk_rope_head_dim" in names:
-        return None
-    layout = find_layout(function)
+    known = known and takes_more and "position_embeddings" in parameters and "qk_rope_head_dim" not in names
+    layout = find_layout(function) if known else None
+    if layout is None:
+        return None, None
     # The first parameter is `self`
-    return None if layout is None else RotationHook(list(parameters).index("position_embeddings") - 1, *layout)
-
-
-def rotates(module: nn.Module) -> bool:
-    """Whether a layer of a class that has a hook rotates."""
-    condition = CONDITIONAL.get(_owner(inspect.unwrap(type(module).forward)), _always)
-    return condition is not None and bool(condition(module))
-
-
-def _owner(forward: Callable[..., Any]) -> str:
-    """Name of the class that a forward is of: others may inherit it."""
-    return getattr(forward, "__qualname__", "").partition(".")[0]
-
-
-def _always(module: nn.Module) -> bool:
-    return True
+    hook = RotationHook(list(parameters).index("position_embeddings") - 1, *layout)
+    try:
+        return hook.pairs, hook if condition(module) else None
+    except AttributeError:
+        # A class of this name that is not the one in the table
+        return None, None
 
 
 def hand_on_rotation(module: nn.Module, hook: RotationHook | None) -> None:
-    """Give an attention module its hook, if it has one."""
-    if hook is not None:
+    """Give an attention module its hook, if it has one and has not been given it yet."""
+    if hook is not None and hook not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

@@ -13,13 +13,16 @@ from .branch import FocusBranch
 from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
 from .projections import find_projections
-from .rotation_hooks import RotationHook, find_hook, hand_on_rotation, rotates
+from .rotation_hooks import RotationHook, find_rotation, hand_on_rotation
 from .routing import routed_class, unrouted_class
 
 
 @dataclass(frozen=True)
 class Site:
-    """One self-attention module: its path, layer number within its stack, and sizes; its rotary positions' hook."""
+    """One self-attention module: its path, layer number within its stack, and sizes.
+
+    rotary_pairs, rotation_hook: see `find_rotation`.
+    """
 
     path: str
     module: nn.Module
@@ -30,7 +33,8 @@ class Site:
     is_causal: bool
     declared_causal: bool | None = None
     route: "RoutedScores | None" = None
-    rotation: RotationHook | None = None
+    rotary_pairs: str | None = None
+    rotation_hook: RotationHook | None = None
 
 
 @dataclass(frozen=True)
@@ -158,32 +162,37 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if config.feedback_through == "layer" and config.max_iterations > 1:
         for site in sites:
             find_projections(site.module, site.num_heads, site.head_dim, site.value_head_dim)
-    return [replace(site, rotation=_find_rotation(site, architecture)) for site in sites]
+    return [_with_rotation(site, architecture) for site in sites] if _rotates_feedback(config) else sites
 
 
-def _find_rotation(site: Site, architecture: Architecture) -> RotationHook | None:
+def _rotates_feedback(config: FocusConfig) -> bool:
+    return config.rotate_feedback and config.max_iterations > 1
+
+
+def _with_rotation(site: Site, architecture: Architecture) -> Site:
     module_class = unrouted_class(type(site.module))
-    hook, name = find_hook(module_class), module_class.__name__
-    if architecture.rotary is not None:
-        wanted, found = architecture.rotary.get(name), None if hook is None else hook.pairs
-        if wanted is None:
-            return None
-        if found != wanted:
-            accepted = (
-                f"{found!r}, as in transformers {transformers.__version__}; a model that was saved where {name}"
-                " rotates otherwise needs a release in which it does"
-            )
-            raise UnsupportedArchitectureError(bad_value(f"rotary[{name!r}]", wanted, accepted))
-    return hook if hook is not None and rotates(site.module) else None
+    name, (pairs, hook) = module_class.__name__, find_rotation(site.module)
+    # A part goes before the whole
+    declared = architecture.of(site.path, site.module).rotary
+    declared = architecture.rotary if declared is None else declared
+    if declared is not None and name not in declared:
+        return site
+    if declared is not None and declared[name] != pairs:
+        found = "no entry" if pairs is None else repr(pairs)
+        accepted = (
+            f"{found}, which is how {module_class.__module__}.{name} is known to rotate its queries with transformers"
+            f" {transformers.__version__}; a model that was saved otherwise needs the release it was saved with"
+        )
+        raise UnsupportedArchitectureError(bad_value(f"rotary[{name!r}]", declared[name], accepted))
+    return replace(site, rotary_pairs=pairs, rotation_hook=hook)
 
 
-def with_rotary(architecture: Architecture, sites: list[Site]) -> Architecture:
-    """`architecture` with what was found of its rotary positions, to be saved."""
-    if architecture.rotary is not None:
+def with_rotary(architecture: Architecture, sites: list[Site], config: FocusConfig) -> Architecture:
+    """`architecture` with what was found of its rotary positions, to be saved, where `config` makes use of it."""
+    if architecture.rotary is not None or not _rotates_feedback(config):
         return architecture
-    classes = {unrouted_class(type(site.module)) for site in sites}
-    hooks = {module_class.__name__: find_hook(module_class) for module_class in classes}
-    return replace(architecture, rotary={name: hook.pairs for name, hook in sorted(hooks.items()) if hook is not None})
+    found = {unrouted_class(type(site.module)).__name__: site.rotary_pairs for site in sites}
+    return replace(architecture, rotary={name: pairs for name, pairs in sorted(found.items()) if pairs is not None})
 
 
 def _within(sites: list[Site], pattern: str | None, model: nn.Module) -> list[Site]:
@@ -203,6 +212,7 @@ def build_branches(sites: list[Site], config: FocusConfig, dtype: torch.dtype) -
         with torch.device(_device(site.module)):
             branch = FocusBranch(config, site.num_heads, site.head_dim, site.value_head_dim)
         branch.causal = site.declared_causal
+        branch.rotates = site.rotation_hook is not None
         branches[site.path] = branch.to(dtype).train(site.module.training)
     return branches
 
@@ -216,7 +226,7 @@ def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
     """Put the branches on their modules."""
     for site in sites:
         site.module.add_module("focus", branches[site.path])
-        hand_on_rotation(site.module, site.rotation)
+        hand_on_rotation(site.module, site.rotation_hook)
         if site.route is not None:
             branches[site.path].route = site.route
             site.module.__class__ = routed_class(type(site.module))

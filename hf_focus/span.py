@@ -9,6 +9,9 @@ from transformers import initialization as init
 
 from .errors import FocusConfigError, bad_value
 
+# Keys at which an untrained temperature that depends on their number is 1
+NEUTRAL_KEYS = 16
+
 
 class Predictor(nn.Module):
     """p = sigmoid(W·x + b) from the global branch's output (the seed's `Predictor`).
@@ -46,8 +49,8 @@ class AdaptiveSpan(nn.Module):
     """The span in tokens, and the temperature that goes with it (the seed's `AdaptiveSpan`).
 
     `"seed"`: τ = 1 + c(1 − s) if `sharpen`, else 0.5 + c·s. `"learned"`: a head's own
-    log(1/τ) = a + b·s + e·log(1 + log n), n the keys in the span; e = 1 is scalable softmax (2501.19399), the start
-    is a = b = e = 0, τ = 1.
+    log(1/τ) = a + b·s + e·log(1 + log n), n the keys in the span; e = 1 is scalable softmax (2501.19399); the
+    start is b = 0, e = `exponent`, and a such that τ = 1 at n = `NEUTRAL_KEYS`.
 
     Args:
         num_heads: H.
@@ -55,6 +58,7 @@ class AdaptiveSpan(nn.Module):
         temperature: `"learned"` or `"seed"`.
         sharpen: see above.
         temp_scale: c above.
+        exponent: with `"learned"`: e before training.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class AdaptiveSpan(nn.Module):
         temperature: str = "learned",
         sharpen: bool = True,
         temp_scale: float = 0.01,
+        exponent: float = 0.0,
     ) -> None:
         super().__init__()
         if temperature not in ("learned", "seed"):
@@ -71,12 +76,14 @@ class AdaptiveSpan(nn.Module):
         self.max_span = max_span
         self.sharpen = sharpen
         self.temp_scale = temp_scale
+        self.exponent = exponent
         self.coefficients = nn.Parameter(torch.empty(3, num_heads)) if temperature == "learned" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.coefficients is not None:
-            init.zeros_(self.coefficients)
+            start = torch.tensor([-self.exponent * math.log1p(math.log(NEUTRAL_KEYS)), 0.0, self.exponent])
+            init.copy_(self.coefficients, start[:, None].expand(self.coefficients.shape))
 
     def forward(self, scale: Tensor, num_keys: Tensor) -> tuple[Tensor, Tensor]:
         """Span and temperature of each query.

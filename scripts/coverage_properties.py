@@ -207,8 +207,8 @@ def check_place(case: Case) -> None:
 
     _hold_for_base(case, gap, "the place")
     found = gap(case.acting())
-    known = case.model.config.focus_architecture["rotary"]
-    known = all(type(module).__name__ in known for module in case.model.modules() if hasattr(module, "focus"))
+    rotary = case.model.config.focus_architecture["rotary"]
+    known = all(type(module).__name__ in rotary for module in case.model.modules() if hasattr(module, "focus"))
     if found > TOLERANCE and not known:
         raise NotHere("a rotation that is not known")
     assert found <= TOLERANCE, f"the place in the text changes logits by {found:.1e}"

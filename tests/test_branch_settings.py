@@ -39,7 +39,13 @@ ACTS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "num_actions": (10, 3, {}, {}),
 }
 # What shows in the values that training starts from
-STARTS = {"initial_span": (0.5, 0.1), "readout_bias": (0.0, 3.0), "mix_start": (0.5, 0.9), "gain_start": (1.0, 0.3)}
+STARTS = {
+    "initial_span": (0.5, 0.1),
+    "readout_bias": (0.0, 3.0),
+    "mix_start": (0.5, 0.9),
+    "gain_start": (1.0, 0.3),
+    "exponent_start": (0.0, 1.0),
+}
 # What shows in what the refiner learns
 TEACHES = {
     "reward": ("seed", "loss"),

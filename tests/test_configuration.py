@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "span_penalty": NON_NEGATIVE,
     "qk_norm": FLAG,
     "temperature": (["learned", "seed"], ["none", "", None, 1.0, True]),
+    "exponent_start": ([0, 1, -0.5], ["1", None, True, float("nan")]),
     "sharpen": FLAG,
     "temp_scale": NON_NEGATIVE,
     "feedback": (["normalized", "additive"], ["none", "", None, 1, True]),

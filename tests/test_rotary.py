@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 from copy import deepcopy
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from peft import PeftModel, get_peft_model
 from tiny import CAUSAL_LMS, ENCODERS, LENGTH, SETTINGS, TINY, logits, patched, randomize, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_focus import FocusAdapterConfig, FocusConfig, apply_focus, remove_focus
+from hf_focus.architecture import Architecture
 from hf_focus.branch import FocusBranch
 from hf_focus.errors import FocusCheckpointError, UnsupportedArchitectureError
 from hf_focus.iteration import rotate, rotate_back
 from hf_focus.rotary import Rotation, find_layout
-from hf_focus.rotation_hooks import CONDITIONAL, RotationHook, find_hook
+from hf_focus.rotation_hooks import CONDITIONAL, RotationHook, find_rotation
+from hf_focus.sites import plan
 
 # Model types with each of the ways to lay out pairs and angles, and to rotate a part of a head
 LAYOUTS = {
@@ -144,12 +149,13 @@ def test_how_layers_rotate_is_saved_and_checked(tmp_path: Path) -> None:
     unrotated = patched("llama", FocusConfig.build(SETTINGS, rotate_feedback=False))
     assert torch.equal(logits(silent, input_ids=tokens()), logits(unrotated, input_ids=tokens()))
     saved_with(tmp_path, "config.json", rotary={"LlamaAttention": "neighbours"})
-    message = r"`rotary\['LlamaAttention'\]` got 'neighbours'; accepted: 'halves', as in"
+    message = r"`rotary\['LlamaAttention'\]` got 'neighbours'; accepted: 'halves', which is how"
     with pytest.raises(UnsupportedArchitectureError, match=message):
         load(tmp_path)
-    saved_with(tmp_path, "config.json", rotary="halves")
-    with pytest.raises(FocusCheckpointError, match="`rotary` got 'halves'; accepted: None or a dict of class names"):
-        load(tmp_path)
+    for wrong in ("halves", {"LlamaAttention": ["halves"]}):
+        saved_with(tmp_path, "config.json", rotary=wrong)
+        with pytest.raises(FocusCheckpointError, match=r"`rotary` got .*; accepted: None or a dict of class names"):
+            load(tmp_path)
 
 
 def test_an_adapter_saves_how_layers_rotate(tmp_path: Path) -> None:
@@ -166,8 +172,54 @@ def test_an_adapter_saves_how_layers_rotate(tmp_path: Path) -> None:
     assert not hooks(plain)
 
 
-def test_latent_attention_is_not_rotated() -> None:
-    assert find_hook(transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention) is None
+def test_adapters_of_one_model_rotate_each_as_they_were_saved(tmp_path: Path) -> None:
+    adapted = get_peft_model(TINY["llama"].build(), FocusAdapterConfig(focus_config=SETTINGS, task_type="CAUSAL_LM"))
+    randomize(adapted)
+    for name, rotary in (("then", {}), ("now", {"LlamaAttention": "halves"})):
+        adapted.save_pretrained(tmp_path / name)
+        saved_with(tmp_path / name, "adapter_config.json", rotary=rotary)
+    alone = {
+        name: logits(PeftModel.from_pretrained(TINY["llama"].build(), tmp_path / name).eval(), input_ids=tokens())
+        for name in ("then", "now")
+    }
+    assert not torch.equal(alone["then"], alone["now"])
+    for names in (("then", "now"), ("now", "then")):
+        both = PeftModel.from_pretrained(TINY["llama"].build(), tmp_path / names[0], adapter_name=f"{names[0]}_1")
+        both.load_adapter(tmp_path / names[1], adapter_name=f"{names[1]}_1")
+        for name in names:
+            both.set_adapter(f"{name}_1")
+            assert torch.equal(logits(both.eval(), input_ids=tokens()), alone[name])
+        merged = both.merge_and_unload()
+        assert torch.equal(logits(merged, input_ids=tokens()), alone[names[1]])
+
+
+def test_a_part_says_how_it_rotates_before_the_whole() -> None:
+    model = TINY["llama"].build()
+    part = Architecture("llama", ("LlamaAttention",), rotary={})
+    whole = Architecture("whole", (), parts=(part,), rotary={"LlamaAttention": "halves"})
+    assert all(site.rotation_hook is None for site in plan(model, SETTINGS, whole))
+    found = plan(model, SETTINGS, replace(whole, parts=(replace(part, rotary=None),)))
+    assert all(site.rotation_hook is not None for site in found)
+    assert hash(part) == hash(replace(part, rotary=None))
+
+
+def test_what_is_not_rotated_needs_no_rotation() -> None:
+    wrong = Architecture("llama", ("LlamaAttention",), rotary={"LlamaAttention": "neighbours"})
+    for settings in ({"rotate_feedback": False}, {"max_iterations": 1}):
+        config = FocusConfig.build(SETTINGS, **settings)
+        assert all(site.rotation_hook is None for site in plan(TINY["llama"].build(), config, wrong))
+        assert not hooks(apply_focus(TINY["llama"].build(), config))
+
+
+def test_attention_that_is_not_known_is_not_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        module = LlamaAttention(TINY["llama"].build_config(), 0)
+        latent = DeepseekV3Attention(transformers.DeepseekV3Config(), 0)
+    assert find_rotation(latent) == (None, None)
+    assert find_rotation(module)[0] == "halves"
+    # A class of a name that is in the table, without what it is asked for
+    monkeypatch.setitem(CONDITIONAL, "LlamaAttention", lambda module: module.nothing_of_the_kind)
+    assert find_rotation(module) == (None, None)
 
 
 def test_attention_that_rotates_on_a_condition_is_known() -> None:

@@ -80,6 +80,14 @@ def test_learned_temperature(shared: bool) -> None:
         torch.testing.assert_close(-temperature[:, head].log(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_exponent_starts_as_asked() -> None:
+    num_keys = torch.tensor([1, 16, 256])
+    temperature = AdaptiveSpan(1, 16, exponent=2.0)(torch.rand(1, 1, 3), num_keys)[1].detach()
+    expected = ((1 + num_keys.log()) / (1 + math.log(16))) ** -2
+    torch.testing.assert_close(temperature[0, 0], expected)
+    assert temperature[0, 0, 1] == pytest.approx(1, abs=1e-6)
+
+
 def test_learned_temperature_can_be_scalable_softmax() -> None:
     """At exponent 1 the scores grow with the logarithm of the number of keys."""
     module = AdaptiveSpan(1, 16)
