@@ -151,7 +151,8 @@ GROUPS: dict[str, Group] = {
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
-               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=400, variants=("focus", "plain", "hybrid"),
+               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=400,
+               variants=("focus, short", "focus", "plain", "hybrid, short"),
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),

@@ -196,7 +196,7 @@ TARGETS: tuple[Target, ...] = (
     Target(5, "… keys read", "at most ¼", "sparsity", ratio_at_most("focus, near", "plain", KEYS, 0.25)),
     Target(5, "… cache, KiB", "at most ¼", "sparsity", ratio_at_most("focus, near", "plain", CACHE, 0.25)),
     Target(6, "Real text at equal training FLOPs: bits per byte", "less, interval clear of 0", "text-equal-flops",
-           better_by("focus", "plain", BITS)),
+           better_by("focus, short", "plain", BITS)),
     Target(6, "Real text, patched after pretraining: bits per byte", "less, interval clear of 0", "text-patched",
            better_by("focus, patched", "plain", BITS)),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from transformers import (
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
 from .evidence_attention import install
-from .evidence_types import Task
+from .evidence_types import SHORT_SPANS, Task
 from .patching import apply_focus
 
 # How far the parameters of two models of a row may differ
@@ -93,6 +93,8 @@ VARIANTS: dict[str, Variant] = {
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
     "focus, near": _focus("FocusA, global branch within an eighth", near=1 / 8, max_span=32),
     "focus, near, not rotated": _focus("… feedback not rotated", near=1 / 8, max_span=32, rotate_feedback=False),
+    "focus, short": _focus("FocusA, short spans", **SHORT_SPANS),
+    "hybrid, short": _focus("short sliding windows + full, no iteration, no refiner", **SHORT_SPANS, **_ONE_PASS),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, max_span=32, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),
