@@ -144,8 +144,7 @@ GROUPS: dict[str, Group] = {
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
                variants=("focus, near", "focus, near, not rotated", "plain", "hybrid, near", "adaptive span"),
                batch=4, steps=400, examples=32,
-               note="FocusA was measured with feedback that is not rotated; with it rotated it is still to be. Hardly"
-               " trained models: neither answers better with thousands of bytes before than with 32, and"
+               note="Hardly trained models: what full attention gains from thousands of bytes before is little, and"
                " sliding windows alone are still to be measured beside them. FocusA reads and keeps little, and"
                " decodes a token more slowly all the same: many small operations, which do not depend on the length."),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),

@@ -91,11 +91,14 @@ VARIANTS: dict[str, Variant] = {
     "hybrid": _focus("sliding window + full, no iteration, no refiner", **_ONE_PASS),
     "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
-    "focus, near": _focus("FocusA, global branch within an eighth", near=1 / 8, max_span=32),
-    "focus, near, not rotated": _focus("… feedback not rotated", near=1 / 8, max_span=32, rotate_feedback=False),
+    "focus, near": _focus("FocusA, short spans, global branch within an eighth", near=1 / 8, **SHORT_SPANS),
+    "focus, near, not rotated": _focus(
+        "… spans of up to 32 tokens with soft ends, feedback not rotated",
+        near=1 / 8, max_span=32, rotate_feedback=False,
+    ),
     "focus, short": _focus("FocusA, short spans", **SHORT_SPANS),
     "hybrid, short": _focus("short sliding windows + full, no iteration, no refiner", **SHORT_SPANS, **_ONE_PASS),
-    "hybrid, near": _focus("sliding windows alone", near=1 / 8, max_span=32, **_ONE_PASS),
+    "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),
     "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
