@@ -42,7 +42,8 @@ METHOD = f"""## How it was measured
   has more; "four times through the layer" uses one layer's weights four times), read the same examples in the same
   order and make as many steps; decoders have tied embeddings. FocusA computes more: up to `max_iterations` local
   attentions a layer. Where the grid has several learning rates, each model chooses from it on seeds that enter no
-  figure; tables of ablations have one rate, which FocusA had been tried at.
+  figure; tables of ablations have one rate, which FocusA had been tried at. With short spans FocusA was run at the
+  larger rate alone.
 - **A model that is not solved** may be on a plateau that more steps would leave: a table says what was reached in its
   steps, not what a model can represent. (Three layers can make two look-ups, and in these steps seldom learn to.)
 - **Figures** are means over seeds with their 95% interval, [low, high] (Student's t). Each model is compared with the
