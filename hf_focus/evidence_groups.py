@@ -116,8 +116,8 @@ GROUPS: dict[str, Group] = {
                for branch in ("", "local") for n in (16, 256, 4096))), sizes={},
                variants=("focus", "exponent 0", *BASELINES[1:]),
                note="The entropy is that of the query that is asked. The exponent of 1.25 was chosen for it, on two"
-               " seeds that do not count: the local branch is spread as widely among 256 items as among 16, and answers more"
-               " often among 4,096 than when it starts without. The global branch is the model's own attention."),
+               " seeds that do not count: the local branch is spread as widely among 256 items as among 16, and more"
+               " is answered among 4,096 than with one that starts at 0. The global branch is the model's own."),
         *(
             _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
                    (EXACT, STEPS, *_LENGTHS), steps=3000)
@@ -130,8 +130,8 @@ GROUPS: dict[str, Group] = {
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
                (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS,
                settings={"length": 128}, batch=16, steps=600,
-               note="Hardly trained models. With spans of up to 128 tokens and soft ends FocusA's F1 was 23 on a seed that"
-               " does not count, on which it is 42 with these."),
+               note="Hardly trained models. With spans of up to 128 tokens and soft ends FocusA's F1 was 23 on a seed"
+               " that does not count, on which it is 42 with these."),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
         _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10,
                 note="Queries and keys that are not normalised lose half of the seeds: most chains of look-ups are"
