@@ -62,19 +62,25 @@ class RotationHook:
         return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
 
 
-def find_rotation(module: nn.Module) -> tuple[str | None, RotationHook | None]:
+def find_rotation(
+    module: nn.Module, module_class: type[nn.Module] | None = None
+) -> tuple[str | None, RotationHook | None]:
     """How an attention module rotates its queries.
+
+    Args:
+        module_class: whose forward says so; None: that of `module`, which may be one that FocusA watches.
 
     Returns:
         which features its class rotates together, see `Rotation`; None: none, or not in a way that is known here;
         the hook of this layer, if it is one that rotates.
     """
-    forward = inspect.unwrap(type(module).forward)
+    module_class = type(module) if module_class is None else module_class
+    forward = inspect.unwrap(module_class.forward)
     function = getattr(forward, "__globals__", {}).get(_ROTATES)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     # By the class that the forward is of: others may inherit it
     condition = CONDITIONAL.get(getattr(forward, "__qualname__", "").partition(".")[0], lambda module: True)
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = inspect.signature(module_class.forward).parameters
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = function is not None and _ROTATES in names and condition is not None
     # Latent attention rotates the last features of a head and not the first

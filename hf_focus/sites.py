@@ -171,7 +171,7 @@ def _rotates_feedback(config: FocusConfig) -> bool:
 
 def _with_rotation(site: Site, architecture: Architecture) -> Site:
     module_class = unrouted_class(type(site.module))
-    name, (pairs, hook) = module_class.__name__, find_rotation(site.module)
+    name, (pairs, hook) = module_class.__name__, find_rotation(site.module, module_class)
     # A part goes before the whole
     declared = architecture.of(site.path, site.module).rotary
     declared = architecture.rotary if declared is None else declared

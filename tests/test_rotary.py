@@ -26,6 +26,7 @@ from hf_focus.errors import FocusCheckpointError, UnsupportedArchitectureError
 from hf_focus.iteration import rotate, rotate_back
 from hf_focus.rotary import Rotation, find_layout
 from hf_focus.rotation_hooks import CONDITIONAL, RotationHook, find_rotation
+from hf_focus.routing import routed_class, unrouted_class
 from hf_focus.sites import plan
 
 # Model types with each of the ways to lay out pairs and angles, and to rotate a part of a head
@@ -217,6 +218,9 @@ def test_attention_that_is_not_known_is_not_rotated(monkeypatch: pytest.MonkeyPa
         latent = DeepseekV3Attention(transformers.DeepseekV3Config(), 0)
     assert find_rotation(latent) == (None, None)
     assert find_rotation(module)[0] == "halves"
+    watched = routed_class(LlamaAttention)
+    with torch.device("meta"):
+        assert find_rotation(watched(TINY["llama"].build_config(), 0), unrouted_class(watched))[0] == "halves"
     # A class of a name that is in the table, without what it is asked for
     monkeypatch.setitem(CONDITIONAL, "LlamaAttention", lambda module: module.nothing_of_the_kind)
     assert find_rotation(module) == (None, None)
