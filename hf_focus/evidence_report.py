@@ -35,7 +35,7 @@ METHOD = f"""## How it was measured
 - **FocusA** is what the README says for training from scratch ({_SETTINGS}, else the defaults), with spans and a
   number of iterations that fit the task; the models marked as patched start from the defaults. Encoders feed back
   through the features. These settings were chosen in tries on the k-step lookup; where the token before matters
-  (recall, ListOps, spans of text), spans are of at most 16 tokens, begin as a third of one and end hard, which was
+  (recall, ListOps, spans, text), spans are of at most 16 tokens, begin as a third of one and end hard, which was
   chosen on recall and listed names (where the local output also starts at 0.3). All tries were on seeds that are in no
   table.
 - **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
