@@ -241,10 +241,8 @@ def plan_adapter(
         raise FocusCheckpointError(bad_value(path, layers.get(path, "no such layer"), accepted))
     _check_name(model, settings, adapter_name)
     config = copy.copy(config)
-    config.base_model_type, config.focus_architecture = (
-        model_type,
-        with_rotary(architecture, sites, settings).to_dict(),
-    )
+    config.base_model_type = model_type
+    config.focus_architecture = with_rotary(architecture, sites, settings).to_dict()
     config.focus_layers = layers
     return config, sites
 

@@ -69,6 +69,14 @@ def test_another_function_is_no_rotation() -> None:
     assert find_layout(print) is None
 
 
+def near_and_far(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the same text at the start, and `FAR` tokens on."""
+    ids = tokens()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    near, far = (logits(model, **inputs, position_ids=torch.arange(LENGTH)[None] + start) for start in (0, FAR))
+    return near, far
+
+
 @pytest.mark.parametrize("through", ["features", "layer"])
 @pytest.mark.parametrize("name", sorted(ROTARY))
 def test_the_place_in_the_text_does_not_matter(name: str, through: str) -> None:
@@ -76,14 +84,12 @@ def test_the_place_in_the_text_does_not_matter(name: str, through: str) -> None:
         pytest.skip("its projections are fused")
     settings = FocusConfig.build(SETTINGS, feedback_through=through, base_threshold=0.0)
     model = patched(name, settings, max_position_embeddings=2 * FAR, initializer_range=0.2).double()
-    ids = tokens()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    near, far = (logits(model, **inputs, position_ids=torch.arange(LENGTH)[None] + start) for start in (0, FAR))
+    near, far = near_and_far(model)
     torch.testing.assert_close(near, far, rtol=0, atol=1e-4)
     for module in model.modules():
         if isinstance(module, FocusBranch):
             module.config = FocusConfig.build(settings, rotate_feedback=False)
-    near, far = (logits(model, **inputs, position_ids=torch.arange(LENGTH)[None] + start) for start in (0, FAR))
+    near, far = near_and_far(model)
     assert (near - far).abs().max() > 1e-2
 
 
@@ -122,9 +128,7 @@ def test_layers_without_positions_among_those_with_them(name: str) -> None:
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**sizes))
     randomize(apply_focus(model.eval(), FocusConfig.build(SETTINGS, base_threshold=0.0))).double()
     assert len(hooks(model)) == 1
-    ids = tokens()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    near, far = (logits(model, **inputs, position_ids=torch.arange(LENGTH)[None] + start) for start in (0, FAR))
+    near, far = near_and_far(model)
     torch.testing.assert_close(near, far, rtol=0, atol=1e-4)
 
 
