@@ -9,6 +9,7 @@ from torch import Tensor
 from .cell_backward import differentiate_cell
 from .cell_forward import CellTensors, Trace, solve_cell
 from .cells import Workspace, cells
+from .one_query import is_one_query, solve_one_query
 from .problem import FocusOutput, FocusProblem, changed
 
 
@@ -18,6 +19,8 @@ def solve(problem: FocusProblem, size: int | None = None) -> FocusOutput:
     Args:
         size: queries of a cell; None: what was measured to be fast on the device.
     """
+    if is_one_query(problem):
+        return solve_one_query(problem)
     query, shared = problem.query, Workspace(problem)
     shape = query.shape[:3]
     output = query.new_empty(*shape, problem.value.shape[-1])
