@@ -101,10 +101,11 @@ def summary(found: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> str:
     for target, verdict in judged:
         claim = "" if target.claim == last else f"**{target.claim}. {CLAIMS[target.claim]}**"
         last = target.claim
-        lines.append((claim, target.question, *_judged(verdict), target.wanted, _word(verdict)))
+        alone = target.without_iteration(found[target.group])
+        lines.append((claim, target.question, *_judged(verdict), alone, target.wanted, _word(verdict)))
     counts = {word: sum(_word(v) == word for _, v in judged) for word in (*WORDS.values(), "not measured")}
     said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    header = ("claim", "measured", "FocusA", "full attention", "difference", "seeds", "target", "")
+    header = ("claim", "measured", "FocusA", "full attention", "difference", "seeds", "FocusA, one pass", "target", "")
     said = said.replace("**", "")
     return f"{len(judged)} targets: {said}.\n\n" + table(header, lines)
 

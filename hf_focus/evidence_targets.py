@@ -28,13 +28,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Target:
-    """A declaration: the claim, the question and the target in words, the group it is judged on, and how."""
+    """A declaration: the claim, the question and the target in words, the group it is judged on, and how; and what is
+    told beside it of FocusA in one pass: which variant that is in this group, and of which measure."""
 
     claim: int
     question: str
     wanted: str
     group: str
     judge: Callable[[Found], Verdict | None]
+    one_pass: str = "hybrid"
+    measure: Measure = STEPS
+
+    def without_iteration(self, found: Found) -> str:
+        """What FocusA in one pass comes to, in words; nothing where it was not measured."""
+        return told(found, self.one_pass, self.measure, found.get(self.one_pass, {}))
 
 
 def values_of(found: Found, variant: str, measure: Measure) -> dict[int, float]:
@@ -62,6 +69,14 @@ def shown(measure: Measure, values: Iterable[float]) -> str:
 
 def _solved(found: Found, variant: str, seeds: Iterable[int]) -> int:
     return sum(found[variant][seed]["steps_to_solved"] is not None for seed in seeds)
+
+
+def told(found: Found, variant: str, measure: Measure, seeds: Iterable[int]) -> str:
+    """Mean and interval of a measure on some seeds, in words; of steps with the seeds that were solved: else a row
+    that was never solved looks like one that took all its steps."""
+    seeds, values = sorted(seeds), values_of(found, variant, measure)
+    text = shown(measure, [values[seed] for seed in seeds if seed in values])
+    return f"{text}, {_solved(found, variant, seeds)} of {len(seeds)} solved" if text and measure is STEPS else text
 
 
 def solved_share(ours: str, theirs: str, share: float, least: int = 10) -> Callable[[Found], Verdict | None]:
@@ -117,12 +132,8 @@ def ratio_at_most(ours: str, theirs: str, measure: Measure, limit: float) -> Cal
             return None
         ratio = sum(above) / sum(below)
         reached = ratio <= limit if len(above) >= LEAST_SEEDS else None
-        said = [shown(measure, values) for values in (above, below)]
-        if measure is STEPS:
-            # Else a row that was never solved looks like one that took all its steps
-            seeds = found[ours].keys() & found[theirs].keys()
-            solved = [_solved(found, variant, seeds) for variant in (ours, theirs)]
-            said = [f"{text}, {count} of {len(seeds)} solved" for text, count in zip(said, solved, strict=True)]
+        seeds = found[ours].keys() & found[theirs].keys()
+        said = [told(found, variant, measure, seeds) for variant in (ours, theirs)]
         return Verdict(*said, f"× {ratio:.3f}", len(above), reached)
 
     return judge
@@ -171,32 +182,36 @@ TARGETS: tuple[Target, ...] = (
     Target(1, "Associative recall: steps until solved", "at most ½", "recall",
            ratio_at_most("focus", "plain", STEPS, 0.5)),
     Target(1, "Associative recall at 8 times the length, %", "20 points more", "recall",
-           better_by("focus", "plain", accuracy_on("8 L"), 20)),
+           better_by("focus", "plain", accuracy_on("8 L"), 20), measure=accuracy_on("8 L")),
     Target(2, "Max-retrieval: accuracy among 256 items of that among 16, %", "at least 90% kept", "max-retrieval",
-           keeps("focus", "plain", accuracy_on("256"), accuracy_on("16"), 0.9)),
+           keeps("focus", "plain", accuracy_on("256"), accuracy_on("16"), 0.9), measure=accuracy_on("256")),
     Target(2, "Max-retrieval: entropy / log n among 256 items of that among 16", "within 10%", "max-retrieval",
-           keeps("focus", "plain", entropy_on("256"), entropy_on("16"), 0.9, 1.1)),
+           keeps("focus", "plain", entropy_on("256"), entropy_on("16"), 0.9, 1.1), measure=entropy_on("256")),
     Target(2, "… of the local branch", "within 10%", "max-retrieval",
-           keeps("focus", "plain", entropy_on("256", "local"), entropy_on("16", "local"), 0.9, 1.1)),
+           keeps("focus", "plain", entropy_on("256", "local"), entropy_on("16", "local"), 0.9, 1.1),
+           measure=entropy_on("256", "local")),
     Target(3, "Listed names: boundary errors a span", "at most ½", "entity-spans",
-           ratio_at_most("focus", "plain", BOUNDARIES, 0.5)),
+           ratio_at_most("focus", "plain", BOUNDARIES, 0.5), measure=BOUNDARIES),
     Target(3, "Strings and comments in real text: boundary errors a span", "at most ½", "source-spans",
-           ratio_at_most("focus", "plain", HELD_OUT_BOUNDARIES, 0.5)),
+           ratio_at_most("focus", "plain", HELD_OUT_BOUNDARIES, 0.5), measure=HELD_OUT_BOUNDARIES),
     Target(4, "k-step lookup, k ≤ 3, one layer: seeds solved", "9 of 10 solved", "k-step-3",
            solved_share("focus", "plain", 0.9)),
     Target(4, "k-step lookup, k ≤ 5, one layer: seeds solved", "9 of 10 solved", "k-step-5",
            solved_share("focus", "plain", 0.9)),
     Target(4, "k-step lookup, k = 3, %: one plain layer", "below 50", "k-step-5",
-           stays_below("focus", "plain", accuracy_on("train", 3), 50)),
+           stays_below("focus", "plain", accuracy_on("train", 3), 50), measure=accuracy_on("train", 3)),
     Target(4, "k-step lookup, k ≤ 5: one layer of ours, *three* plain ones", "more seeds solved", "k-step-5",
            fewer_solved("focus", "plain +2")),
-    Target(4, "ListOps, %", "more, interval clear of 0", "listops", better_by("focus", "plain", ACCURACY)),
+    Target(4, "ListOps, %", "more, interval clear of 0", "listops", better_by("focus", "plain", ACCURACY),
+           measure=ACCURACY),
     Target(5, "Real text at 8,192 bytes of context: bits per byte", "at most × 1.005", "sparsity",
-           ratio_at_most("focus, near", "plain", LONG_CONTEXT_BITS, 1.005)),
-    Target(5, "… keys read", "at most ¼", "sparsity", ratio_at_most("focus, near", "plain", KEYS, 0.25)),
-    Target(5, "… cache, KiB", "at most ¼", "sparsity", ratio_at_most("focus, near", "plain", CACHE, 0.25)),
+           ratio_at_most("focus, near", "plain", LONG_CONTEXT_BITS, 1.005), "hybrid, near", LONG_CONTEXT_BITS),
+    Target(5, "… keys read", "at most ¼", "sparsity", ratio_at_most("focus, near", "plain", KEYS, 0.25),
+           "hybrid, near", KEYS),
+    Target(5, "… cache, KiB", "at most ¼", "sparsity", ratio_at_most("focus, near", "plain", CACHE, 0.25),
+           "hybrid, near", CACHE),
     Target(6, "Real text at equal training FLOPs: bits per byte", "less, interval clear of 0", "text-equal-flops",
-           better_by("focus, short", "plain", BITS)),
+           better_by("focus, short", "plain", BITS), "hybrid, short", BITS),
     Target(6, "Real text, patched after pretraining: bits per byte", "less, interval clear of 0", "text-patched",
-           better_by("focus, patched", "plain", BITS)),
+           better_by("focus, patched", "plain", BITS), "hybrid, patched", BITS),
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """Targets: judged by the rows alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_focus.evidence_groups import GROUPS
@@ -52,6 +54,15 @@ def test_targets_are_judged_by_the_rows() -> None:
     assert not ratio_at_most("focus", "plain", STEPS, 0.18)(FOUND).reached
 
 
+def test_one_pass_is_told_beside_them() -> None:
+    target = Target(1, "question", "much", "recall", better_by("focus", "plain", ACCURACY))
+    assert target.without_iteration(FOUND) == ""
+    found = FOUND | {"hybrid": rows([True, False], [0.9, 0.7])}
+    assert target.without_iteration(found) == "55.0 [0.000, 626.8], 1 of 2 solved"
+    assert replace(target, measure=ACCURACY).without_iteration(found).startswith("80.0 [")
+    assert replace(target, one_pass="plain", measure=ACCURACY).without_iteration(found) == "50.0"
+
+
 def test_few_seeds_decide_nothing() -> None:
     few = {variant: {seed: FOUND[variant][seed] for seed in range(3)} for variant in FOUND}
     for judge in (
@@ -68,5 +79,6 @@ def test_few_seeds_decide_nothing() -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.group}: {target.question}")
 def test_targets_are_of_groups_that_exist(target: Target) -> None:
+    assert target.one_pass in GROUPS[target.group].variants
     assert GROUPS[target.group].claim in (target.claim, 2)
     assert target.judge({}) is None
