@@ -9,7 +9,7 @@ from .attention import focus_attention
 from .bench_cases import Call, Case, band_facts, band_keys, leaf, make_inputs
 from .bench_contenders import OTHERS, Contender
 from .bench_trained import PER_TOKEN
-from .cells import QUERY_BLOCK
+from .cells import query_block
 
 RAMP = 32
 ONE_PASS = "focus 1"
@@ -111,7 +111,7 @@ def _focus(case: Case, inputs: dict[str, Tensor], settings: dict[str, object]) -
         with torch.no_grad():
             iterations = focus_attention(**inputs, **settings).iterations
         reach = (inputs["span"].detach() + RAMP).ceil().clamp_max(case.span)
-        return band_facts(case, band_keys(case, reach), iterations, QUERY_BLOCK["cpu"])
+        return band_facts(case, band_keys(case, reach), iterations, query_block("cpu", case.span))
 
     leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
     return Call(lambda: focus_attention(**inputs, **settings).output, leaves, case.training, facts)

@@ -12,13 +12,17 @@ from .iteration import unit_epsilon
 from .masks import read_mask
 from .problem import FocusProblem, changed
 
-# Queries of a cell, and the most scores that it holds: measured, so that all iterations stay in a core's cache.
-# A device without caches to fit wants fewer and larger launches
+# Queries of a cell, fewer where spans are short, and the most scores that it holds: measured, so that all iterations
+# stay in a core's cache. A device without caches to fit wants fewer and larger launches
 QUERY_BLOCK = {"cpu": 96}
+NARROW_QUERY_BLOCK = {"cpu": 64}
+NARROW = 64
 OTHER_QUERY_BLOCK = 256
 MOST_SCORES = {"cpu": 2**19}
 OTHER_MOST_SCORES = 2**26
+# Bands are as wide as the longest span in them asks for, in steps, so that cells of one shape are many
 REACH_STEP = 32
+NARROW_REACH_STEP = 8
 # Shapes of cells at the start of a sequence differ, and return only in the next rows of the batch
 MOST_BANDS = 32
 
@@ -52,13 +56,18 @@ def reads_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+def query_block(device: str, max_span: int) -> int:
+    """Queries of a cell on a type of device."""
+    return (NARROW_QUERY_BLOCK if max_span <= NARROW else QUERY_BLOCK).get(device, OTHER_QUERY_BLOCK)
+
+
 def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iterator[Cell]:
     """Cut a problem into cells of at most `size` queries; None: what was measured to be fast.
 
     `kept` is of how many iterations the scores are held at once.
     """
     device = problem.query.device.type
-    size = size or QUERY_BLOCK.get(device, OTHER_QUERY_BLOCK)
+    size = size or query_block(device, problem.max_span)
     batch, heads, length = problem.query.shape[:3]
     num_keys, offset = problem.key.shape[2], problem.query_offset
     for number, reach in enumerate(_reaches(problem, size)):
@@ -84,9 +93,10 @@ def _reaches(problem: FocusProblem, size: int) -> list[int]:
         return [most] * blocks
     longest = problem.span.detach().to(problem.compute_dtype).amax(dim=(0, 1))
     longest = torch.nn.functional.pad(longest, (0, blocks * size - length)).view(blocks, size).amax(dim=1)
-    # m(d) > 0 up to d < z + ramp, and a span that is no number hides nothing. In coarse steps, so that cells of one
-    # shape are many
-    reach = (longest + problem.ramp).nan_to_num(nan=most).div(REACH_STEP).ceil() * REACH_STEP
+    # m(d) > 0 up to d < z + ramp, and a span that is no number hides nothing
+    reach = (longest + problem.ramp).nan_to_num(nan=most)
+    steps = torch.where(reach <= NARROW, NARROW_REACH_STEP, REACH_STEP)
+    reach = (reach / steps).ceil() * steps
     return reach.clamp(0, most).long().tolist()
 
 
