@@ -179,11 +179,11 @@ class FocusConfig:
     sink_tokens: int = 4
     layers: list[int] | None = None
     modules: str | None = None
-    ramp: int = 32
+    ramp: int = 2
     per_head_span: bool = True
     span_granularity: str = "token"
     window_size: int = 256
-    initial_span: float = 0.5
+    initial_span: float = 0.01
     span_penalty: float = 0.0
     qk_norm: bool = False
     temperature: str = "learned"

@@ -164,14 +164,15 @@ GROUPS: dict[str, Group] = {
                sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
                (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=400,
-               variants=("focus, short", "focus", "plain", "hybrid, short"),
+               variants=("focus, short", "focus, soft", "plain", "hybrid, short"),
                note="With spans of up to 64 tokens and soft ends FocusA came to 2.749 bits on a seed that does not"
                " count, where it comes to 2.485 with short ones, and full attention to 2.519.",
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
-               variants=("focus, patched", "not rotated, patched", "plain", "hybrid, patched", "no refiner, patched",
-                         "normalized, patched", "refiner of the seed, patched", "focus through the layer, patched"),
+               variants=("focus, patched", "soft spans, patched", "not rotated, patched", "plain", "hybrid, patched",
+                         "no refiner, patched", "normalized, patched", "refiner of the seed, patched",
+                         "focus through the layer, patched"),
                pretrain=400, steps=400),
     )
 }  # fmt: skip

@@ -6,7 +6,7 @@ from statistics import median_low
 import torch
 from torch import Generator
 
-from .evidence_types import IGNORED, SHORT_SPANS, Batch, Task
+from .evidence_types import IGNORED, LONG_SPANS, SHORT_SPANS, Batch, Task
 
 # Distances up to these, and beyond, are reported apart
 NEAR, FAR = 8, 24
@@ -101,7 +101,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 64, "kinds": 4, "depth": 5},
         tests={"2 L": {"length": 128}, "4 L": {"length": 256}},
-        focus=lambda **_: {"max_span": 64, "ramp": 16},
+        focus=lambda **_: LONG_SPANS,
     ),
     Task(
         name="listops",

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator
 
-from .evidence_types import IGNORED, Batch, Task
+from .evidence_types import IGNORED, LONG_SPANS, Batch, Task
 
 
 def k_step(size: int, generator: Generator, *, elements: int = 16, steps: int = 3, queries: int = 8) -> Batch:
@@ -48,7 +48,7 @@ TASKS = [
         length=lambda elements, queries, **_: elements + queries,
         settings={"elements": 16, "steps": 3, "queries": 8},
         # A look-up an iteration, and one to spare; spans start at half, and reach every pair
-        focus=lambda steps, **_: {"max_span": 64, "ramp": 8, "max_iterations": steps + 1},
+        focus=lambda steps, **_: {**LONG_SPANS, "ramp": 8, "max_iterations": steps + 1},
         symbols=2,
     )
 ]

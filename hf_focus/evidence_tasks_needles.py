@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .evidence_spans import batch_span_counts
-from .evidence_types import IGNORED, SHORT_SPANS, Batch, Task
+from .evidence_types import IGNORED, LONG_SPANS, SHORT_SPANS, Batch, Task
 from .stdlib_text import is_held_out, stdlib_files
 
 # Kinds of tokens of Python source that are spans to find in real text
@@ -172,7 +172,7 @@ def _needles(name: str, title: str, **settings: int) -> Task:
         length=lambda length, **_: length,
         settings={**defaults, **settings},
         tests={f"{times} L": {"length": 128 * times} for times in (2, 4, 8, 16, 32)},
-        focus=lambda **_: {"max_span": 128, "ramp": 16},
+        focus=lambda **_: {**LONG_SPANS, "max_span": 128},
         spread=hidden == 1,
     )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator
 
-from .evidence_types import IGNORED, SHORT_SPANS, Batch, Task
+from .evidence_types import IGNORED, LONG_SPANS, SHORT_SPANS, Batch, Task
 
 
 def associative_recall(
@@ -116,7 +116,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 128, "digits": 5, "words": 24},
         tests=_longer(128),
-        focus=lambda **_: {"max_span": 128, "ramp": 16},
+        focus=lambda **_: {**LONG_SPANS, "max_span": 128},
     ),
     Task(
         name="max-retrieval",
@@ -129,7 +129,7 @@ TASKS = [
         settings={"items": 16, "vary": True, "levels": 64, "classes": 10},
         tests={str(n): {"items": n, "vary": False} for n in (16, 64, 256, 1024, 4096)},
         # As long as the longest test: a span that cannot reach the items could only lose
-        focus=lambda **_: {"max_span": 4097, "ramp": 32, "exponent_start": 1.25},
+        focus=lambda **_: {**LONG_SPANS, "max_span": 4097, "ramp": 32, "exponent_start": 1.25},
         ordered=False,
         spread=True,
     ),

@@ -103,7 +103,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 256, **_SETTINGS},
         tests={"held out": _HELD_OUT, "held out, 4 L": {**_HELD_OUT, "length": 1024}},
-        focus=lambda **_: {"max_span": 64, "ramp": 16},
+        focus=lambda **_: {"max_span": 64},
         bytes_per_label=1.0,
     ),
     Task(
@@ -120,7 +120,7 @@ TASKS = [
             "held out": {**_HELD_OUT, "long_share": 0.0},
             "held out, 8k": {**_HELD_OUT, "long_share": 0.0, "length": 8192},
         },
-        focus=lambda **_: {"max_span": 64, "ramp": 16},
+        focus=lambda **_: {"max_span": 64},
         bytes_per_label=1.0,
         cost_on="held out, 8k",
     ),

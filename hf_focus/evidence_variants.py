@@ -20,7 +20,7 @@ from transformers import (
 from .configuration import FocusConfig
 from .errors import FocusConfigError, bad_value
 from .evidence_attention import install
-from .evidence_types import SHORT_SPANS, Task
+from .evidence_types import LONG_SPANS, SHORT_SPANS, Task
 from .patching import apply_focus
 
 # How far the parameters of two models of a row may differ
@@ -94,9 +94,10 @@ VARIANTS: dict[str, Variant] = {
     "focus, near": _focus("FocusA, short spans, global branch within an eighth", near=1 / 8, **SHORT_SPANS),
     "focus, near, not rotated": _focus(
         "… spans of up to 32 tokens with soft ends, feedback not rotated",
-        near=1 / 8, max_span=32, rotate_feedback=False,
+        near=1 / 8, rotate_feedback=False, **{**LONG_SPANS, "max_span": 32},
     ),
     "focus, short": _focus("FocusA, short spans", **SHORT_SPANS),
+    "focus, soft": _focus("… spans that start at half of 64 tokens, with soft ends", **LONG_SPANS),
     "hybrid, short": _focus("short sliding windows + full, no iteration, no refiner", **SHORT_SPANS, **_ONE_PASS),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
@@ -104,7 +105,8 @@ VARIANTS: dict[str, Variant] = {
     "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
     "hybrid, patched": Variant("sliding window + full, no iteration, no refiner", _ONE_PASS),
     "no refiner, patched": Variant("no refiner", {"refiner": False}),
-    "not rotated, patched": Variant("feedback not rotated", {"rotate_feedback": False}),
+    "soft spans, patched": Variant("… spans that start at half of the longest, with soft ends", LONG_SPANS),
+    "not rotated, patched": Variant("… feedback not rotated either", {**LONG_SPANS, "rotate_feedback": False}),
     "normalized, patched": Variant("queries and keys normalised", {"qk_norm": True}),
     "refiner of the seed, patched": Variant("refiner with the seed's reward", {"reward": "seed"}),
     # Ablations
@@ -114,7 +116,7 @@ VARIANTS: dict[str, Variant] = {
     "10 iterations": _focus("10 iterations", max_iterations=10),
     "soft spans, not rotated": _focus(
         "… spans of up to 64 tokens with soft ends, feedback not rotated",
-        max_span=64, ramp=16, initial_span=0.5, rotate_feedback=False,
+        rotate_feedback=False, **LONG_SPANS,
     ),
     "not rotated": _focus("feedback not rotated", rotate_feedback=False),
     "not normalized": _focus("feedback not rotated, queries not normalised", qk_norm=False, rotate_feedback=False),

@@ -8,6 +8,7 @@ from branch_runs import observed, run
 from helpers import DIM, HEADS, VALUE_DIM, branch, branch_inputs, buffers
 from torch import Tensor, nn
 
+from hf_focus import FocusConfig
 from hf_focus.branch import FocusBranch
 
 
@@ -27,7 +28,7 @@ from hf_focus.branch import FocusBranch
 )
 def test_weights_learn(part: str) -> None:
     """From its start, one weight alone learns what it is in a teacher whose other weights are the same."""
-    teacher = branch(refiner=False, base_threshold=0.0, max_iterations=2)
+    teacher = branch(refiner=False, base_threshold=0.0, max_iterations=2, initial_span=0.5)
     inputs = branch_inputs(batch=8)
     with torch.no_grad():
         target = teacher(*inputs)
@@ -46,10 +47,10 @@ def test_weights_learn(part: str) -> None:
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.mark.parametrize("wanted", ["short", "long"])
-def test_predictor_learns_how_far_to_look(wanted: str) -> None:
+@pytest.mark.parametrize(("wanted", "initial"), [("short", 0.5), ("long", 0.5), ("long", FocusConfig().initial_span)])
+def test_predictor_learns_how_far_to_look(wanted: str, initial: float) -> None:
     """From the loss alone: to be the own value asks for a short span, to be the mean of eight for a long one."""
-    module = branch(refiner=False, temperature="seed", max_iterations=1)
+    module = branch(refiner=False, temperature="seed", max_iterations=1, initial_span=initial)
     module.predictor.reset_parameters()
     optimizer, shares = torch.optim.Adam(module.predictor.parameters(), lr=0.05), []
     for seed in range(80):

@@ -66,7 +66,7 @@ def test_question_answering() -> None:
         torch.manual_seed(0)
         config = TINY["bert"].build_config()
         model = transformers.BertForQuestionAnswering(config)
-        apply_focus(model, FocusConfig.build(SETTINGS, span_penalty=weight, refiner=False))
+        apply_focus(model, FocusConfig.build(SETTINGS, span_penalty=weight, refiner=False, initial_span=0.5))
         start = torch.tensor([1, 2])
         results.append(
             bias_gradients(no_dropout(model), input_ids=tokens(), start_positions=start, end_positions=start + 3)
