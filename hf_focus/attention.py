@@ -45,7 +45,7 @@ def focus_attention(
     softcap: float | None = None,
     query_offset: int | Tensor | None = None,
     max_span: int = 256,
-    ramp: int = 32,
+    ramp: int = 2,
     max_iterations: int = 4,
     feedback: str = "normalized",
     anchored: bool = False,

@@ -7,16 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cells import reads_are_free
+from .cells import MOST_SCORES, reads_are_free
 from .iteration import has_converged, turn, unit
 from .masks import read_mask
 from .problem import FocusOutput, FocusProblem
 
 
 def is_one_query(problem: FocusProblem) -> bool:
-    """Whether a problem is one that `solve_one_query` is for; it reads on the host how long the spans are."""
-    one = problem.query.shape[2] == 1 and problem.is_causal and not problem.need_statistics
-    return one and reads_are_free(problem.query)
+    """Whether a problem is one that `solve_one_query` is for: it holds all scores at once, and reads on the host how
+    long the spans are."""
+    batch, heads, length = problem.query.shape[:3]
+    one = length == 1 and batch > 0 and problem.is_causal and not problem.need_statistics
+    if not one or not reads_are_free(problem.query):
+        return False
+    return batch * heads * min(problem.max_span, problem.key.shape[2]) <= MOST_SCORES["cpu"]
 
 
 def solve_one_query(problem: FocusProblem) -> FocusOutput:
@@ -47,7 +51,7 @@ def solve_one_query(problem: FocusProblem) -> FocusOutput:
     query = p.query.squeeze(2).to(dtype)
     advance = _feedback(p, query, fold)
     stops, outputs, running = p.base_threshold > 0 or p.threshold_scale >= 1, [], None
-    iterations = torch.full((batch, heads, 1), p.max_iterations)
+    iterations = torch.full((batch, heads, 1), p.max_iterations, device=query.device)
     query = query * fold
     for step in range(p.max_iterations):
         output = attend(query)
@@ -82,11 +86,13 @@ def _read_keys(p: FocusProblem) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor |
     own, num_keys = p.query_offset, p.key.shape[2]
     shortest, longest = (end.item() for end in p.span.aminmax())
     # m(d) > 0 up to d < z + ramp. A span that is no number hides nothing
-    reach = min(p.max_span - 1, max(math.ceil(longest + p.ramp), 0)) if longest < p.max_span else p.max_span - 1
+    reach = p.max_span - 1
+    if longest < reach:
+        reach = min(reach, math.ceil(max(longest, 0) + p.ramp))
     first = max(own - reach, 0)
     seen = slice(first, max(own + 1, 0))
     key, value = p.key[:, :, seen], p.value[:, :, seen]
-    distance = torch.arange(own - first, own - first - key.shape[2], -1)
+    distance = torch.arange(own - first, own - first - key.shape[2], -1, device=key.device)
     # log(m) as log1p(m − 1), which is fast at m = 0, where log is not
     bias = (p.span.to(p.compute_dtype)[..., None] - distance).div_(p.ramp).clamp_(-1, 0).log1p_()
     if p.position_bias is None and p.attention_mask is None and shortest >= 0 and 0 <= own < num_keys:

@@ -44,9 +44,12 @@ def test_it_equals_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("span", [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e9])
-def test_spans_that_should_not_be(span: float) -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_spans_that_should_not_be(span: float, everywhere: bool) -> None:
     arguments = one_query(LARGE).arguments()
     arguments["span"][0, 0] = span
+    if everywhere:
+        arguments["span"].fill_(span)
     expected = solve(arguments, "reference").output
     torch.testing.assert_close(fast(arguments).output, expected, **TIGHT, equal_nan=True)
 
@@ -62,11 +65,31 @@ def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+KEYS = ("key", "value")
 OTHERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "two queries": lambda given: replace(LARGE, length=2).arguments() | {"need_statistics": False},
     "not causal": lambda given: given | {"is_causal": False},
     "statistics": lambda given: given | {"need_statistics": True},
+    "many keys": lambda given: (
+        given
+        | {"max_span": 2**20, "attention_mask": None}
+        | {k: given[k][:, :, :1].expand(-1, -1, 2**17, -1) for k in KEYS}
+    ),
 }
+
+
+def test_no_sequence_at_all() -> None:
+    given = one_query(LARGE).arguments()
+    none = {name: x[:0] for name, x in given.items() if name in ("query", "key", "value", "span", "temperature")}
+    given |= none | {"readout_weights": given["readout_weights"][:0], "attention_mask": given["attention_mask"][:0]}
+    assert focus_attention(**given).output.shape == (0, 4, 1, 12)
+
+
+def test_another_default_device() -> None:
+    given = one_query(LARGE).arguments()
+    expected = focus_attention(**given).output
+    with torch.device("meta"):
+        assert torch.equal(focus_attention(**given).output, expected)
 
 
 def test_a_decoded_token_is_one() -> None:
