@@ -119,6 +119,7 @@ class FocusConfig:
         exponent_start: with `temperature="learned"`: how the temperature depends on the number n of keys in the span
             before training: 1/τ ∝ (1 + log n)^`exponent_start`, and τ = 1 at n = 16. At 1 logits grow with n as those
             of scalable softmax do, so that attention is spread less where there are more keys than in training.
+            It says little while spans are short: n counts the keys at full weight.
         sharpen: with `temperature="seed"`: τ = 1 + c(1 − s) if True, 0.5 + c·s if False, c = `temp_scale`.
         temp_scale: c above.
         feedback: how the output enters the next query: `"normalized"` (mixed in, norm kept) or

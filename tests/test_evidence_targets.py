@@ -59,8 +59,9 @@ def test_one_pass_is_told_beside_them() -> None:
     assert target.without_iteration(FOUND) == ""
     found = FOUND | {"hybrid": rows([True, False], [0.9, 0.7])}
     assert target.without_iteration(found) == "55.0 [0.000, 626.8], 1 of 2 solved"
-    assert replace(target, measure=ACCURACY).without_iteration(found).startswith("80.0 [")
-    assert replace(target, one_pass="plain", measure=ACCURACY).without_iteration(found) == "50.0"
+    assert replace(target, measures=(ACCURACY,)).without_iteration(found).startswith("80.0 [")
+    pair = replace(target, one_pass="plain", measures=(ACCURACY, ACCURACY))
+    assert pair.without_iteration(FOUND) == "50.0 of 50.0"
 
 
 def test_few_seeds_decide_nothing() -> None:
