@@ -75,11 +75,13 @@ def _table(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 def draw_spans(inspection: Inspection) -> Figure:
     """Mean span of each head, and the spread over the queries."""
-    measured, max_span = measured_layers(inspection), inspection.settings["max_span"]
+    measured = measured_layers(inspection)
+    # As far as any head looks: most spans are a small part of the longest
+    longest = max(1.0, max(head[-1] for measures in measured.values() for head in measures.span_quantiles))
     figure, (axes,) = _figure(_height(len(measured)), columns=2, width_ratios=(1, 1))
     names = list(measured)
     table = _table([measures.span for measures in measured.values()])
-    image = _heat(axes[0], table, names, ".0f", max_span)
+    image = _heat(axes[0], table, names, ".0f" if longest > 20 else ".1f", longest)
     _style(axes[0], "mean span (tokens)", "head", "layer")
     figure.colorbar(image, ax=axes[0], pad=0.02, aspect=30).outline.set_visible(False)
     for number, measures in enumerate(measured.values()):
@@ -92,7 +94,7 @@ def draw_spans(inspection: Inspection) -> Figure:
         axes[1].plot(middle, places, "o", color=INK, markersize=max(width * 0.9, 1), linestyle="none")
     _label_rows(axes[1], names)
     axes[1].set_ylim(len(names) - 0.5, -0.5)
-    axes[1].set_xlim(0, max_span)
+    axes[1].set_xlim(0, longest * 1.05)
     _style(axes[1], "spread over the queries, one line a head", "span (tokens)", grid=True)
     return figure
 

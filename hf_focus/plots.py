@@ -26,16 +26,13 @@ def mean_spans(records: FocusRecords) -> dict[str, Tensor]:
     return spans
 
 
-def plot_run(
-    path: Path, logs: Mapping[str, Sequence[dict[str, Any]]], spans: Mapping[str, Tensor], max_span: int
-) -> None:
+def plot_run(path: Path, logs: Mapping[str, Sequence[dict[str, Any]]], spans: Mapping[str, Tensor]) -> None:
     """Draw the losses of some runs beside the spans that one of them learned.
 
     Args:
         path: of the picture; its suffix gives the format.
         logs: name of the run -> the lines of its train_log.jsonl.
         spans: layer -> mean span of each head in tokens, as `mean_spans` gives them.
-        max_span: end of the colour scale.
     """
     # The figure without pyplot: nothing global is touched, and no display is needed
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,10 +50,10 @@ def plot_run(
     losses.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
     losses.legend()
     table = torch.stack(list(spans.values())).numpy()
-    image = heat.imshow(table, vmin=0, vmax=max_span, cmap="viridis", aspect="auto")
+    image = heat.imshow(table, vmin=0, vmax=max(1.0, table.max()), cmap="viridis", aspect="auto")
     for row, values in enumerate(table.tolist()):
         for column, value in enumerate(values):
-            heat.text(column, row, f"{value:.0f}", ha="center", va="center", color="white")
+            heat.text(column, row, f"{value:.1f}", ha="center", va="center", color="white")
     heat.set(xlabel="head", ylabel="layer", title="Mean span on held-out text (tokens)")
     heat.set_xticks(range(table.shape[1]))
     heat.set_yticks(range(table.shape[0]))

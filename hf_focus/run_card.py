@@ -58,7 +58,7 @@ def write_run_card(
     picture = None
     if spans and find_spec("matplotlib") is not None:
         picture = PICTURE_FILE
-        plot_run(folder / picture, {"this run": run.log.lines}, spans, model.focus_config.max_span)
+        plot_run(folder / picture, {"this run": run.log.lines}, spans)
     card = model_card(
         CardFacts(
             name=f"{base_name}-focus" if patched else f"{base_name}-finetuned",

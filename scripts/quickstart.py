@@ -238,7 +238,7 @@ def main(argv: list[str]) -> None:
 
     title("Picture and card")
     texts = [json.loads(line)["text"] for line in files["eval"].open()][:8]
-    plot_run(out / "quickstart.png", runs, spans_of(out / "focus", texts), FOCUS.max_span)
+    plot_run(out / "quickstart.png", runs, spans_of(out / "focus", texts))
     print(f"{out / 'quickstart.png'}\n{out / 'focus' / 'README.md'}\nmodel: {out / 'focus'}")
     print(f"\nDone in {time.perf_counter() - begun:.0f} s.")
 

@@ -31,5 +31,5 @@ def test_mean_spans_leave_padding_out() -> None:
 def test_plot_run(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 2, "eval_loss": 2.5}]
     spans = {"0": torch.tensor([1.0, 2.0]), "1": torch.tensor([3.0, 4.0])}
-    plot_run(tmp_path / "run.png", {"with": lines, "without": lines[:2]}, spans, 8)
+    plot_run(tmp_path / "run.png", {"with": lines, "without": lines[:2]}, spans)
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
