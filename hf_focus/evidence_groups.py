@@ -177,9 +177,9 @@ GROUPS: dict[str, Group] = {
                          "no refiner, patched", "normalized, patched", "refiner of the seed, patched",
                          "focus through the layer, patched"),
                pretrain=400, steps=400,
-               note="On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with edges"
-               " of 8 tokens to 2.434; spans of at most 16 tokens to 2.422, and with those one pass to 2.431; full"
-               " attention to 2.457. So spans begin short and end hard by default."),
+               note="On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with"
+               " edges of 8 tokens to 2.434; spans of at most 16 tokens to 2.422, and with those one pass to 2.431;"
+               " full attention to 2.457. So spans begin short and end hard by default."),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}
