@@ -73,17 +73,18 @@ def build_model(name: str, shape: ModelShape, span: int, device: str, dtype: tor
     """A model of `MODELS` with random weights, the same for all; FocusA's are off their start, where its output would
     be the original's."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=2**20,
-        )
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=2**20,
     )
+    # A CPU draws a billion numbers one after another
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -91,9 +92,9 @@ def build_model(name: str, shape: ModelShape, span: int, device: str, dtype: tor
             layer.self_attn.q_proj.weight.mul_(4)
             layer.self_attn.k_proj.weight.mul_(4)
         model.to(device, dtype)
-        if (config := MODELS[name](span)) is not None:
+        if (focus_config := MODELS[name](span)) is not None:
             # After the change of dtype, as on a loaded model
-            apply_focus(model, config).to(device)
+            apply_focus(model, focus_config).to(device)
             for path, parameter in model.named_parameters():
                 if ".focus." in path:
                     parameter.add_((0.02 * torch.randn(parameter.shape, generator=noise)).to(parameter))

@@ -158,6 +158,6 @@ def run(problem: FocusProblem, name: str) -> FocusOutput:
         statistics = (entropy, coverage) if problem.need_statistics else (None, None)
         return FocusOutput(output, *statistics, iterations)
     backend = choose(name, problem, training)
-    if backend.differentiate is None:
+    if not training or backend.differentiate is None:
         return backend.solve(problem)
     return FocusOutput(*_Focus.apply(problem, backend, *(getattr(problem, name) for name in FocusProblem.TENSORS)))

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -28,13 +28,19 @@ def interface_call(module_class: type[nn.Module]) -> Callable[..., Any] | None:
 
     It is found by the names that its code uses, so that no source is needed.
     """
-    for name in ("forward", *vars(module_class)):
+    for name in _method_names(module_class):
         method = getattr(module_class, name, None)
         method = inspect.unwrap(method) if callable(method) else None
         code = getattr(method, "__code__", None)
         if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
             return method
     return None
+
+
+def _method_names(module_class: type[nn.Module]) -> Iterator[str]:
+    # One by one: torch 2.11 compiles the first, and could not compile the list of the others
+    yield "forward"
+    yield from vars(module_class)
 
 
 def eager_attention(module: nn.Module) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ def kept_mass(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     first, key, value = query[:, :, rows].to(dtype), key.to(dtype), value.to(dtype)
-    places = torch.arange(*rows.indices(query.shape[2]), device=key.device)[:, None] + query_offset
+    places = torch.arange(query.shape[2], device=key.device)[rows, None] + query_offset
     distance = places - torch.arange(key.shape[2], device=key.device)
 
     def soft_mask(z: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from .masks import as_additive, read_mask
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Every precision here is chosen; autocast would also choose differently in forward and backward."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # torch 2.11 cannot compile the question
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 class FocusOutput(NamedTuple):

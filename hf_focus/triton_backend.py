@@ -5,6 +5,7 @@ device.
 """
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from torch.nn.functional import pad
 from .errors import bad_value
 from .iteration import turn
 from .problem import FocusOutput, FocusProblem
-from .triton_configs import INTERPRETER, Chip, Config, backward_config, decode_config, forward_configs, padded
+from .triton_configs import (
+    INTERPRETER,
+    Chip,
+    Config,
+    Sizes,
+    backward_config,
+    decode_config,
+    forward_configs,
+    padded,
+)
 
 try:
     import triton
@@ -44,8 +54,7 @@ def refusal(problem: FocusProblem, training: bool) -> str | None:
         return "it needs triton, which is not installed (`pip install triton`)"
     if q.device.type != "cuda" and not INTERPRETED:
         return bad_value("query.device", str(q.device), "a cuda device, or any with TRITON_INTERPRET=1 set on import")
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 8:
-        found = torch.cuda.get_device_capability(q.device)
+    if q.is_cuda and (found := _capability(q.device))[0] < 8:
         return bad_value("query.device", f"compute capability {found[0]}.{found[1]}", "8.0 and newer")
     for name, tensor in (("key", k), ("value", v)):
         if tensor.dtype != q.dtype:
@@ -55,11 +64,11 @@ def refusal(problem: FocusProblem, training: bool) -> str | None:
             f"up to {LARGEST_FLOAT32_HEAD} in float32, where F does not fit on chip, up to {LARGEST_HEAD} in 16 bits"
         )
         return bad_value("query.shape[-1]", max(q.shape[-1], v.shape[-1]), accepted)
-    chip = _chip(q.device)
-    if q.shape[2] > 1 and not forward_configs(problem, chip):
+    chip, sizes = _chip(q.device), Sizes.of(problem)
+    if q.shape[2] > 1 and not forward_configs(sizes, chip):
         accepted = "a span whose scores fit on chip: about 2,500 tokens, half of that if not causal"
         return bad_value("max_span", problem.max_span, accepted)
-    if training and backward_config(problem, chip) is None:
+    if training and backward_config(sizes, chip) is None:
         accepted = f"less, on a GPU with {chip.shared_memory} bytes of shared memory"
         return bad_value("query.shape[-1]", q.shape[-1], accepted)
     if training and torch.are_deterministic_algorithms_enabled():
@@ -67,6 +76,13 @@ def refusal(problem: FocusProblem, training: bool) -> str | None:
     return None
 
 
+# Asking the driver takes longer than all else that is asked here
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
 def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":
         return Chip(227 * 1024, True)
@@ -80,22 +96,28 @@ def _on_device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _mask(p: FocusProblem, shape: tuple[int, ...]) -> tuple[Tensor | None, tuple[int, ...]]:
+def _broadcast_strides(x: Tensor, ndim: int = 4) -> tuple[int, ...]:
+    """Strides by which `x` is read where it is broadcast to `ndim` axes: 0 along those it has once, or not at all."""
+    own = tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (0,) * (ndim - x.ndim) + own
+
+
+def _mask(p: FocusProblem) -> tuple[Tensor | None, tuple[int, ...]]:
     """The attention mask, its strides over (B, H, T, S) and an offset in elements."""
     mask = p.attention_mask
     if mask is None:
         return None, (0,) * 5
     if isinstance(mask, Tensor):
-        return mask, (*mask.expand(shape).stride(), 0)
+        return mask, (*_broadcast_strides(mask), 0)
     # Of a lazy mask the band alone: one key on in a row is one column on, one query on is one column back
     band = mask.read_band(p.max_span, 0 if p.is_causal else p.max_span - 1).contiguous()
-    of_batch, of_head, of_query, of_key = band.expand(*shape[:3], -1).stride()
+    of_batch, of_head, of_query, of_key = _broadcast_strides(band)
     return band, (of_batch, of_head, of_query - of_key, of_key, (p.max_span - 1 - p.query_offset) * of_key)
 
 
 def shared_arguments(p: FocusProblem) -> dict[str, Any]:
     """The arguments that all kernels have in common: inputs, their strides, sizes, settings."""
-    batch, heads, length, dim = p.query.shape
+    _, heads, length, dim = p.query.shape
     kv_heads, num_keys, value_dim = *p.key.shape[1:3], p.value.shape[-1]
     block_d, block_dv = padded(dim), padded(value_dim)
     matrix = p.feedback_matrix
@@ -107,13 +129,13 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
     if rotation is not None:
         # F, and F turned: what the sines are for. Features that are not rotated have the cosine 1 and the sine 0
         size = rotation.shape[-1]
-        cos, sin = pad(rotation[0], (0, dim - size), value=1.0), pad(rotation[1], (0, dim - size))
-        rotation = torch.stack([cos, sin]).expand(2, batch, length, dim)
-        turned = pad(turn(matrix[..., :size], p.rotary_pairs), (0, dim - size))
-        matrix, rotation_strides = torch.cat([matrix, turned], dim=-1), rotation.stride()
-    full = (batch, heads, length, num_keys)
-    bias = None if p.position_bias is None else p.position_bias.expand(full)
-    mask, mask_strides = _mask(p, full)
+        turned = turn(matrix[..., :size], p.rotary_pairs)
+        if size < dim:
+            cos, sin = pad(rotation[0], (0, dim - size), value=1.0), pad(rotation[1], (0, dim - size))
+            rotation, turned = torch.stack([cos, sin]), pad(turned, (0, dim - size))
+        matrix, rotation_strides = torch.cat([matrix, turned], dim=-1), _broadcast_strides(rotation)
+    bias = p.position_bias
+    mask, mask_strides = _mask(p)
     additive = mask is not None and mask.dtype != torch.bool
     return {
         "query": p.query,
@@ -132,13 +154,13 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
         "query_strides": p.query.stride(),
         "key_strides": p.key.stride(),
         "value_strides": p.value.stride(),
-        "span_strides": p.span.expand(full[:3]).stride(),
-        "sharpness_strides": p.sharpness.expand(full[:3]).stride(),
+        "span_strides": _broadcast_strides(p.span, 3),
+        "sharpness_strides": _broadcast_strides(p.sharpness, 3),
         "readout_strides": (0,) * 4 if p.readout_weights is None else p.readout_weights.stride(),
         "matrix_strides": (0,) * 3 if matrix is None else matrix.stride(),
         "rotation_strides": rotation_strides,
         "mask_strides": mask_strides,
-        "bias_strides": (*((0,) * 4 if bias is None else bias.stride()), 0),
+        "bias_strides": (*((0,) * 4 if bias is None else _broadcast_strides(bias)), 0),
         "heads": heads,
         "groups": heads // kv_heads,
         "length": length,
@@ -200,27 +222,27 @@ def solve(problem: FocusProblem) -> FocusOutput:
                     del arguments[name]
                 decode_kernel[(batch * heads,)](**arguments, **decode_config(p))
             else:
+                sizes = Sizes.of(p)
 
                 def launch(config: Config) -> None:
                     blocks = triton.cdiv(length, config.block_q)
-                    forward_kernel[(batch * heads * blocks,)](**arguments, **config.options(p))
+                    forward_kernel[(batch * heads * blocks,)](**arguments, **config.options(sizes))
 
-                launch(_tuned(p, launch))
+                launch(_tuned(p, sizes, launch))
     return FocusOutput(*(arguments[name] for name in ("output", "entropy", "coverage", "iterations")))
 
 
-def _tuned(p: FocusProblem, launch: Any) -> Config:
+def _tuned(p: FocusProblem, sizes: Sizes, launch: Any) -> Config:
     """The fastest forward configuration for this kind of problem, measured once. Forward may run any number of times;
     backward, which adds into memory, may not, and is not measured."""
-    configs = forward_configs(p, _chip(p.query.device))
     if INTERPRETED:
         return INTERPRETER
+    configs = forward_configs(sizes, _chip(p.query.device))
     if len(configs) == 1:
         return configs[0]
-    size = p.query.shape[0] * p.query.shape[1] * p.query.shape[2]
-    settings = (p.max_span, p.is_causal, p.feedback, p.max_iterations, p.attention_mask is None, p.need_statistics)
-    shape = (p.query.shape[-1], p.value.shape[-1], size.bit_length(), p.key.shape[2].bit_length())
-    kind = (p.query.device, p.query.dtype, *shape, *settings)
+    queries = p.query.shape[0] * p.query.shape[1] * p.query.shape[2]
+    settings = (p.feedback, p.max_iterations, p.attention_mask is None, p.need_statistics)
+    kind = (p.query.device, p.query.dtype, sizes, queries.bit_length(), *settings)
     if kind not in _TUNED:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
@@ -272,17 +294,12 @@ def backward_arguments(
         "d_mix": zeros("mix", heads),
         "d_gain": zeros("gain", heads),
         "d_bias": d_bias,
-        "d_bias_strides": (0,) * 4 if bias is None else _expanded_strides(bias, arguments["bias"].shape),
+        "d_bias_strides": (0,) * 4 if d_bias is None else _broadcast_strides(d_bias),
         "scratch": torch.empty(programs * floats, dtype=torch.float32, device=device),
         "blocks": blocks,
         "work": work,
     }
     return arguments, programs
-
-
-def _expanded_strides(x: Tensor, shape: torch.Size) -> tuple[int, ...]:
-    """Strides of a contiguous tensor of `x`'s shape, seen in `shape`."""
-    return torch.empty(x.shape, device="meta").expand(shape).stride()
 
 
 _GRADIENTS = {
@@ -305,11 +322,12 @@ def differentiate(problem: FocusProblem, iterations: Tensor, grad: Tensor, wante
     Args:
         iterations: that `solve` found: the steps to go back.
     """
-    config = INTERPRETER if INTERPRETED else backward_config(problem, _chip(problem.query.device))
+    sizes = Sizes.of(problem)
+    config = INTERPRETER if INTERPRETED else backward_config(sizes, _chip(problem.query.device))
     arguments, programs = backward_arguments(problem, iterations, grad, set(wanted), config)
     if programs:
         with _on_device(problem.query):
-            backward_kernel[(programs,)](**arguments, **config.options(problem, backward=True))
+            backward_kernel[(programs,)](**arguments, **config.options(sizes, backward=True))
     if problem.rotation is not None and arguments["d_matrix"] is not None:
         dim, size = problem.query.shape[-1], problem.rotation.shape[-1]
         straight, turned = arguments["d_matrix"].split(dim, dim=-1)

@@ -39,7 +39,8 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
+# A growing cache must not mean another kernel whenever a length is a multiple of 16
+@triton.jit(do_not_specialize=("length", "num_keys", "offset"))
 def backward_kernel(
     query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias, iterations, grad,
     d_query, d_key, d_value, d_span, d_sharpness, d_readout, d_matrix, d_mix, d_gain, d_bias,

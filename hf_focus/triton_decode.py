@@ -56,7 +56,8 @@ def key_scores(
     return score, weight
 
 
-@triton.jit
+# A growing cache must not mean another kernel whenever a length is a multiple of 16
+@triton.jit(do_not_specialize=("num_keys", "offset"))
 def decode_kernel(
     query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias,
     output, entropy, coverage, iterations,

@@ -34,7 +34,8 @@ def band_tile(
     return load_tile(base, keys, keys < num_keys, columns, strides[2], strides[3], SIZE)
 
 
-@triton.jit
+# A growing cache must not mean another kernel whenever a length is a multiple of 16
+@triton.jit(do_not_specialize=("length", "num_keys", "offset"))
 def forward_kernel(
     query,
     key,

@@ -182,8 +182,10 @@ def fed_back(
             tile = load_tile(turning, value_columns, exist, columns, matrix_strides[1], matrix_strides[2], D)
             turned = dot(narrowed, tile, None, PRECISION)
             fed += turned * rotation_tile(rotation, 1, rows, valid, columns, rotation_strides, D)
-        return fed
-    return tl.where((columns < D)[None, :], output, 0.0)
+    else:
+        fed = tl.where((columns < D)[None, :], output, 0.0)
+    # One return: of two, triton wants tiles of one shape, also where the other is never reached
+    return fed
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from hf_focus import triton_backend
 from hf_focus.problem import FocusProblem
-from hf_focus.triton_configs import Chip, Config, backward_config, decode_config
+from hf_focus.triton_configs import Chip, Config, Sizes, backward_config, decode_config
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 
@@ -39,7 +39,10 @@ def compiled(kernel: Any, arguments: dict[str, Any], capability: int = 90) -> An
         x = arguments[parameter.name]
         if parameter.is_constexpr:
             constants[(i,)] = x
-        signature[parameter.name] = "constexpr" if parameter.is_constexpr else describe(x, (i,), aligned, constants)
+            signature[parameter.name] = "constexpr"
+        else:
+            of_any_value = parameter.do_not_specialize
+            signature[parameter.name] = "i32" if of_any_value else describe(x, (i,), aligned, constants)
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -84,7 +87,8 @@ def problem(length: int, dim: int, span: int, dtype: torch.dtype = torch.bfloat1
 
 
 def forward(p: FocusProblem, config: Config) -> Any:
-    return compiled(triton_backend.forward_kernel, {**triton_backend.forward_arguments(p), **config.options(p)})
+    options = config.options(Sizes.of(p))
+    return compiled(triton_backend.forward_kernel, {**triton_backend.forward_arguments(p), **options})
 
 
 def decode(p: FocusProblem) -> Any:
@@ -95,7 +99,7 @@ def backward(p: FocusProblem, config: Config) -> Any:
     iterations = torch.empty(p.query.shape[:3], dtype=torch.int64, device="meta")
     wanted = set(p.TENSORS) - {"position_bias"}
     arguments, _ = triton_backend.backward_arguments(p, iterations, torch.empty_like(p.query), wanted, config)
-    return compiled(triton_backend.backward_kernel, {**arguments, **config.options(p, backward=True)})
+    return compiled(triton_backend.backward_kernel, {**arguments, **config.options(Sizes.of(p), backward=True)})
 
 
 def tile_loads(ir: str) -> int:
@@ -110,13 +114,16 @@ def main() -> None:
     p = problem(1024, dim, span)
     kernel = forward(p, config)
     before, loop = kernel.asm["ttgir"].split("scf.while", 1)
+    value, matrix = (torch.empty(shape, device="meta") for shape in ((2, 2, 1024, 3 * dim), (8, 3 * dim, dim)))
+    unequal = problem(1024, dim, span, value=value.to(torch.bfloat16), feedback_matrix=matrix)
     result = {
-        "tiles": config.tiles(p),
+        "tiles": config.tiles(Sizes.of(p)),
         "loads_before_loop": tile_loads(before),
         "loads_in_loop": tile_loads(loop),
         "forward_shared": kernel.metadata.shared,
         "decode_shared": decode(problem(1, dim, span)).metadata.shared,
-        "backward_shared": backward(p, backward_config(p, Chip(227 * 1024, True))).metadata.shared,
+        "forward_shared, values of another size": forward(unequal, Config(16, 64, 4)).metadata.shared,
+        "backward_shared": backward(p, backward_config(Sizes.of(p), Chip(227 * 1024, True))).metadata.shared,
     }
     print(json.dumps(result))
 
