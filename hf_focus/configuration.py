@@ -151,7 +151,8 @@ class FocusConfig:
             share of its size (`"relative"`).
         base_threshold: a query stops when its change δ < base_threshold + threshold_scale·δ.
         threshold_scale: see `base_threshold`.
-        refiner: whether the Q-table corrects the predicted span.
+        refiner: whether the Q-table corrects the predicted span. It only shortens: spans that begin short, as by
+            default, it leaves as they are.
         reward: what the refiner learns from: `"mass"` (the share of the local attention that the corrected span keeps,
             − `span_cost`·span as a share of `max_span`: spans become as short as they can without losing what is
             attended to; a query counts by the gradient of its output), `"seed"` (coverage − `entropy_weight`·entropy
@@ -205,7 +206,7 @@ class FocusConfig:
     stop: str = "absolute"
     base_threshold: float = 1e-4
     threshold_scale: float = 0.1
-    refiner: bool = True
+    refiner: bool = False
     reward: str = "mass"
     span_cost: float = 0.01
     num_actions: int = 10

@@ -173,9 +173,9 @@ GROUPS: dict[str, Group] = {
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
-               variants=("focus, patched", "soft spans, patched", "not rotated, patched", "plain", "hybrid, patched",
-                         "no refiner, patched", "normalized, patched", "refiner of the seed, patched",
-                         "focus through the layer, patched"),
+               variants=("focus, patched", "refiner, patched", "refiner of the seed, patched", "static span, patched",
+                         "soft spans, patched", "soft spans, refiner, patched", "not rotated, patched", "plain",
+                         "hybrid, patched", "normalized, patched", "focus through the layer, patched"),
                pretrain=400, steps=400,
                note="On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with"
                " edges of 8 tokens to 2.434; spans of at most 16 tokens to 2.422, and with those one pass to 2.431;"

@@ -38,7 +38,7 @@ METHOD = f"""## How it was measured
   (recall, ListOps, spans; "short spans" on text), spans are of at most 16 tokens, begin as a third of one and end
   hard, which was chosen on recall and listed names (where the local output also starts at 0.3); on the other tasks
   they begin as half of the longest, with soft ends. All tries were on seeds that are in no table.
-- **One pass** is the same layer with `max_iterations=1` and no refiner: a sliding window beside full attention.
+- **One pass** is the same layer with `max_iterations=1`: a sliding window beside full attention.
 - **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
   has more; "four times through the layer" uses one layer's weights four times), read the same examples in the same
   order and make as many steps; decoders have tied embeddings. FocusA computes more: up to `max_iterations` local

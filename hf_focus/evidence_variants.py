@@ -69,9 +69,8 @@ FROM_SCRATCH = {
     "mix_start": 0.9,
     "gain_start": 0.5,
     "local_start": 1.0,
-    "refiner": False,
 }
-_ONE_PASS = {"max_iterations": 1, "refiner": False}
+_ONE_PASS = {"max_iterations": 1}
 
 
 def _focus(
@@ -88,7 +87,7 @@ VARIANTS: dict[str, Variant] = {
     "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
     "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
     "plain, 4 rounds": Variant("full attention, four times through the layer", rounds=4),
-    "hybrid": _focus("sliding window + full, no iteration, no refiner", **_ONE_PASS),
+    "hybrid": _focus("sliding window + full, no iteration", **_ONE_PASS),
     "adaptive span": Variant("Adaptive Span alone: static learned span a head", attention="spanned"),
     "log-n": Variant("full attention, logits × s·log n (scalable softmax)", attention="scaled"),
     "focus, near": _focus("FocusA, short spans, global branch within an eighth", near=1 / 8, **SHORT_SPANS),
@@ -98,17 +97,21 @@ VARIANTS: dict[str, Variant] = {
     ),
     "focus, short": _focus("FocusA, short spans", **SHORT_SPANS),
     "focus, soft": _focus("… spans that start at half of 64 tokens, with soft ends", **LONG_SPANS),
-    "hybrid, short": _focus("short sliding windows + full, no iteration, no refiner", **SHORT_SPANS, **_ONE_PASS),
+    "hybrid, short": _focus("short sliding windows + full, no iteration", **SHORT_SPANS, **_ONE_PASS),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),
     "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
-    "hybrid, patched": Variant("sliding window + full, no iteration, no refiner", _ONE_PASS),
-    "no refiner, patched": Variant("no refiner", {"refiner": False}),
+    "hybrid, patched": Variant("sliding window + full, no iteration", _ONE_PASS),
+    "refiner, patched": Variant("with the refiner", {"refiner": True}),
+    "refiner of the seed, patched": Variant("refiner with the seed's reward", {"refiner": True, "reward": "seed"}),
+    "static span, patched": Variant("no predictor: static learned span a head", {}, frozen=_STATIC),
     "soft spans, patched": Variant("… spans that start at half of the longest, with soft ends", LONG_SPANS),
-    "not rotated, patched": Variant("… feedback not rotated either", {**LONG_SPANS, "rotate_feedback": False}),
+    "soft spans, refiner, patched": Variant("… the same, with the refiner", {**LONG_SPANS, "refiner": True}),
+    "not rotated, patched": Variant(
+        "… feedback not rotated either", {**LONG_SPANS, "refiner": True, "rotate_feedback": False}
+    ),
     "normalized, patched": Variant("queries and keys normalised", {"qk_norm": True}),
-    "refiner of the seed, patched": Variant("refiner with the seed's reward", {"reward": "seed"}),
     # Ablations
     "1 iteration": _focus("1 iteration", max_iterations=1),
     "2 iterations": _focus("2 iterations", max_iterations=2),

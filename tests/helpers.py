@@ -25,7 +25,8 @@ def fill(module: nn.Module, std: float = 0.3, seed: int = 0) -> nn.Module:
 
 def branch(seed: int = 0, join: bool = True, **settings: Any) -> FocusBranch:
     """A branch that acts, in eval mode. Sequences of 16 and more tokens are longer than its span."""
-    config = FocusConfig.build({"max_span": 8, "ramp": 4, "max_iterations": 3, "base_threshold": 1e-3}, **settings)
+    small = {"max_span": 8, "ramp": 4, "max_iterations": 3, "base_threshold": 1e-3, "refiner": True}
+    config = FocusConfig.build(small, **settings)
     return fill(FocusBranch(config, HEADS, DIM, VALUE_DIM, join=join), seed=seed).eval()
 
 

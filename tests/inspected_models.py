@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_focus import FocusConfig, apply_focus
 from hf_focus.inspection import Inspection, inspect_model
 
-SETTINGS = FocusConfig(max_span=8, ramp=3, max_iterations=3, base_threshold=1e-3)
+SETTINGS = FocusConfig(max_span=8, ramp=3, max_iterations=3, base_threshold=1e-3, refiner=True)
 
 
 def acting(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:

@@ -41,7 +41,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-FOCUS = FocusConfig(max_span=8, ramp=3, max_iterations=2)
+FOCUS = FocusConfig(max_span=8, ramp=3, max_iterations=2, refiner=True)
 SENTENCE = "the quick brown fox jumps over a lazy dog while grüne Vögel sing 汉字 in the rain"
 WORDS = SENTENCE.split()
 

@@ -25,7 +25,7 @@ from hf_focus.band_mask import BandMask, first_tokens
 from hf_focus.global_branch import attend_block
 from hf_focus.masks import count_visible, own_key_visible, read_mask
 
-LIMITED = FocusConfig(max_span=5, ramp=2, max_iterations=2, max_dist=4, sink_tokens=2)
+LIMITED = FocusConfig(max_span=5, ramp=2, max_iterations=2, max_dist=4, sink_tokens=2, refiner=True)
 KINDS = ["plain", "left", "right", "holes", "packed", "sliding", "bidirectional", "bidirectional padded"]
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -116,11 +116,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_patch(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "out"
-    assert run(["patch", plain, out, *FOCUS_FLAGS, "--layers", 1, "--no-refiner"]) == 0
+    assert run(["patch", plain, out, *FOCUS_FLAGS, "--layers", 1, "--refiner"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
     model, before = AutoModelForCausalLM.from_pretrained(out), LlamaForCausalLM.from_pretrained(plain)
     assert type(model).__name__ == "FocusLlamaForCausalLM"
-    assert model.focus_config == FocusConfig(max_span=8, ramp=3, max_iterations=2, layers=[1], refiner=False)
+    assert model.focus_config == FocusConfig(max_span=8, ramp=3, max_iterations=2, layers=[1], refiner=True)
     assert torch.equal(logits(model, input_ids=IDS), logits(before, input_ids=IDS))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (plain / name).read_bytes(), name

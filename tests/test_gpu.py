@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 from hf_focus import FocusConfig, apply_focus, record_focus
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-FOCUS = FocusConfig(max_span=64, ramp=8, max_iterations=3)
+FOCUS = FocusConfig(max_span=64, ramp=8, max_iterations=3, refiner=True)
 
 
 def plain(dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -136,9 +136,7 @@ def looking_back(distance: int, length: int = 32) -> tuple[Tensor, ...]:
 def test_spans_come_to_reach_what_is_attended_to_and_not_much_more(
     distance: int, least: float, most: float, per_head: bool
 ) -> None:
-    config = FocusConfig(
-        max_span=24, ramp=2, reward="mass", initial_span=0.99, per_head_span=per_head, local_start=1.0
-    )
+    config = FocusConfig(max_span=24, ramp=2, refiner=True, initial_span=0.99, per_head_span=per_head, local_start=1.0)
     module, inputs = FocusBranch(config, 4, 64, 64), looking_back(distance)
     before = seen(module.eval(), *inputs).span[..., 9:]
     for _ in range(60):

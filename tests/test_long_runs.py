@@ -102,7 +102,7 @@ def test_evaluation_and_checkpoints_change_nothing(tmp_path: Path, data: dict[st
 @pytest.mark.slow
 def test_compiled_steps(tmp_path: Path, data: dict[str, Any]) -> None:
     # A compiled graph draws other random actions
-    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, epsilon=0.0)
+    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, refiner=True, epsilon=0.0)
     settings = {"gradient_accumulation_steps": 2, "max_steps": 3}
     plain = run(folder(tmp_path, "a"), data, tiny_llama(), focus, **settings)
     compiled = run(

@@ -12,7 +12,7 @@ from hf_focus import FocusConfig
 from hf_focus.errors import FocusConfigError
 from hf_focus.matching import collect_distances, match_loss
 
-BOUNDED = FocusConfig(max_span=7, ramp=3, max_iterations=2, max_dist=5, sink_tokens=1)
+BOUNDED = FocusConfig(max_span=7, ramp=3, max_iterations=2, max_dist=5, sink_tokens=1, refiner=True)
 # Two that make masks, one by a table of positions, one whose heads have a norm, one of two parts
 MODELS = ["llama", "gpt2", "mistral", "qwen3", "bart"]
 

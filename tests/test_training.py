@@ -186,7 +186,7 @@ def test_trackers_and_log(tmp_path: Path, data: dict[str, Any]) -> None:
 
 def test_autocast_reaches_nearly_the_same(tmp_path: Path, data: dict[str, Any]) -> None:
     # Both in one process, one after the other; exploration would meet other numbers
-    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, epsilon=0.0)
+    focus = FocusConfig(max_span=8, ramp=3, max_iterations=2, refiner=True, epsilon=0.0)
     reference = run(folder(tmp_path, "a"), data, tiny_llama(), focus)
     other = run(folder(tmp_path, "b"), data, tiny_llama(), focus, mixed_precision="bf16")
     assert losses(other) == pytest.approx(losses(reference), abs=0.05)

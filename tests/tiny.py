@@ -13,7 +13,8 @@ from hf_focus import FocusConfig, apply_focus
 VOCAB = 99
 PAD = 0
 # Small enough that a sequence of LENGTH tokens is several spans long
-SETTINGS = FocusConfig(max_span=7, ramp=3, max_iterations=3)
+# The refiner too, which is off by default
+SETTINGS = FocusConfig(max_span=7, ramp=3, max_iterations=3, refiner=True)
 LENGTH = 20
 
 
