@@ -56,6 +56,15 @@ def reads_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+def without_empty_rows(bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is added to scores, (…, S), 0 for queries that see no key, whose softmax over nothing would be NaN: their
+    weights are to be set to zero; and which those are, (…, 1), None where there are none."""
+    empty = (bias == float("-inf")).all(-1, keepdim=True)
+    if reads_are_free(empty) and not bool(empty.any()):
+        return bias, None
+    return bias.masked_fill(empty, 0), empty
+
+
 def query_block(device: str, max_span: int) -> int:
     """Queries of a cell on a type of device."""
     return (NARROW_QUERY_BLOCK if max_span <= NARROW else QUERY_BLOCK).get(device, OTHER_QUERY_BLOCK)
@@ -157,11 +166,7 @@ class Workspace:
         elif self.owned and p.position_bias is None and 0 <= p.query_offset <= p.key.shape[2] - p.query.shape[2]:
             # Every query has its own key
             return bias, None
-        empty = (bias == float("-inf")).all(-1, keepdim=True)
-        if reads_are_free(empty) and not bool(empty.any()):
-            return bias, None
-        # A softmax over nothing is NaN; these queries see everything, and their weights are set to zero
-        return bias.masked_fill(empty, 0), empty
+        return without_empty_rows(bias)
 
     def edge(self, p: FocusProblem) -> Tensor:
         """(z − d)/ramp of a cell's keys, (B, H or 1, T, S): m − 1 before it is clamped to [−1, 0]."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cells import MOST_SCORES, reads_are_free
+from .cells import MOST_SCORES, reads_are_free, without_empty_rows
 from .iteration import has_converged, turn, unit
 from .masks import read_mask
 from .problem import FocusOutput, FocusProblem
@@ -101,11 +101,8 @@ def _read_keys(p: FocusProblem) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor |
         bias = bias + read_mask(p.position_bias, slice(None), seen)
     if p.attention_mask is not None:
         bias = bias + p.additive_mask(read_mask(p.attention_mask, slice(None), seen))
-    empty = (bias == float("-inf")).all(dim=-1)
-    if not empty.any():
-        return (key, value), bias, None
-    # A softmax over nothing is NaN; these queries see everything, and their weights are set to zero
-    return (key, value), bias.masked_fill(empty[..., None], 0), empty
+    bias, empty = without_empty_rows(bias)
+    return (key, value), bias, None if empty is None else empty[..., 0]
 
 
 def _feedback(p: FocusProblem, query: Tensor, fold: float | Tensor) -> Callable[[Tensor], Tensor]:
