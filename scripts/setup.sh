@@ -1,6 +1,6 @@
 # Makes .venv at the root of the repository with hf_focus and its extras, unless it is there and up to date.
 # Sourced by quickstart.sh and test.sh: `setup tests` leaves $python set. `setup tests lowest` makes .venv-lowest, with the
-# oldest transformers that pyproject.toml allows.
+# oldest transformers, torch and triton that pyproject.toml allows.
 #   PYTHON       the interpreter to build with (default: python3), 3.10 or newer
 #   TORCH_INDEX  a package index to take torch from, for example PyTorch's own index of CPU builds
 
@@ -11,7 +11,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 setup() {
     local extras="$1" base="${PYTHON:-python3}" venv="$root/.venv${2:+-$2}" constraints="$root/scripts/constraints.txt"
-    local stamp="$venv/.hf_focus" wanted oldest
+    local stamp="$venv/.hf_focus" wanted oldest name
+    local -a edits
     python="$venv/bin/python"
     wanted="$extras $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | cksum)"
     if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -25,9 +26,13 @@ setup() {
     say "Creating the virtual environment ${venv##*/}"
     "$base" -m venv "$venv"
     if [ "${2:-}" = lowest ]; then
-        oldest="$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' "$root/pyproject.toml")"
-        # Its tokenizers and Hub client are as old as itself
-        sed "s/^transformers==.*/transformers~=$oldest.0/; /^\(tokenizers\|huggingface_hub\)==/d" "$constraints" >"$venv/constraints.txt"
+        # Their tokenizers, Hub client and numpy are as old as themselves
+        edits=(-e '/^\(tokenizers\|huggingface_hub\)==/d' -e 's/^numpy==[^;]*/numpy<2.4/')
+        for name in transformers torch triton; do
+            oldest="$(sed -n "s/.*\"$name>=\([0-9.]*\).*/\1/p" "$root/pyproject.toml")"
+            edits+=(-e "s/^$name==[^;]*/$name~=$oldest.0/")
+        done
+        sed "${edits[@]}" "$constraints" >"$venv/constraints.txt"
         constraints="$venv/constraints.txt"
     fi
     # A range would fetch the newest build for GPUs, gigabytes of it; the pinned one is enough on a CPU

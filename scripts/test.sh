@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up and runs the whole test suite: style, then all tests on all cores. Arguments go to pytest.
-#   --lowest    first: with the oldest transformers that pyproject.toml allows, in an environment of its own
+#   --lowest    first: with the oldest transformers, torch and triton that pyproject.toml allows, in an environment of its own
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 cd "$root"
