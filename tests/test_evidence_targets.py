@@ -8,14 +8,14 @@ from hf_focus.evidence_groups import GROUPS
 from hf_focus.evidence_plan import ACCURACY, STEPS
 from hf_focus.evidence_targets import (
     TARGETS,
+    BetterBy,
+    FewerSolved,
+    Keeps,
+    RatioAtMost,
+    SolvedShare,
+    StaysBelow,
     Target,
     Verdict,
-    better_by,
-    fewer_solved,
-    keeps,
-    ratio_at_most,
-    solved_share,
-    stays_below,
 )
 
 
@@ -35,44 +35,45 @@ SAME = "92.0 [90.9, 93.1]"
 
 def test_targets_are_judged_by_the_rows() -> None:
     wanted = Verdict("9 of 10 solved", "0 of 10 solved", "90%", 10, True)
-    assert solved_share("focus", "plain", 0.9)(FOUND) == wanted
-    assert solved_share("focus", "plain", 0.95)(FOUND).reached is False
-    assert solved_share("other", "plain", 0.9)(FOUND) is None
-    assert fewer_solved("focus", "plain")(FOUND).measured == "+9 seeds"
-    assert fewer_solved("plain", "focus")(FOUND).reached is False
-    assert stays_below("focus", "plain", ACCURACY, 51)(FOUND).reached
-    assert not stays_below("focus", "plain", ACCURACY, 50)(FOUND).reached
-    assert better_by("focus", "plain", ACCURACY, 20)(FOUND).reached
-    assert not better_by("focus", "plain", ACCURACY, 50)(FOUND).reached
-    assert not better_by("plain", "focus", ACCURACY)(FOUND).reached
+    assert SolvedShare("focus", "plain", 0.9)(FOUND) == wanted
+    assert SolvedShare("focus", "plain", 0.95)(FOUND).reached is False
+    assert SolvedShare("other", "plain", 0.9)(FOUND) is None
+    assert FewerSolved("focus", "plain")(FOUND).measured == "+9 seeds"
+    assert FewerSolved("plain", "focus")(FOUND).reached is False
+    assert StaysBelow("focus", "plain", ACCURACY, 51)(FOUND).reached
+    assert not StaysBelow("focus", "plain", ACCURACY, 50)(FOUND).reached
+    assert BetterBy("focus", "plain", ACCURACY, 20)(FOUND).reached
+    assert not BetterBy("focus", "plain", ACCURACY, 50)(FOUND).reached
+    assert not BetterBy("plain", "focus", ACCURACY)(FOUND).reached
     told = Verdict(f"{SAME} of {SAME}", "50.0 of 50.0", "100% against 100%", 10, True)
-    assert keeps("focus", "plain", ACCURACY, ACCURACY, 1.0, 1.0)(FOUND) == told
-    assert not keeps("focus", "plain", ACCURACY, ACCURACY, 1.01)(FOUND).reached
+    assert Keeps("focus", "plain", ACCURACY, ACCURACY, 1.0, 1.0)(FOUND) == told
+    assert not Keeps("focus", "plain", ACCURACY, ACCURACY, 1.01)(FOUND).reached
     # Nine rows in 10 steps and one in 100, against 100 each
-    found = ratio_at_most("focus", "plain", STEPS, 0.5)(FOUND)
+    found = RatioAtMost("focus", "plain", STEPS, 0.5)(FOUND)
     assert (found.measured, found.theirs, found.reached) == ("× 0.190", "100.0, 0 of 10 solved", True)
-    assert not ratio_at_most("focus", "plain", STEPS, 0.18)(FOUND).reached
+    assert not RatioAtMost("focus", "plain", STEPS, 0.18)(FOUND).reached
 
 
 def test_one_pass_is_told_beside_them() -> None:
-    target = Target(1, "question", "much", "recall", better_by("focus", "plain", ACCURACY))
+    target = Target(1, "question", "much", "recall", RatioAtMost("focus", "plain", STEPS, 0.5))
     assert target.without_iteration(FOUND) == ""
     found = FOUND | {"hybrid": rows([True, False], [0.9, 0.7])}
     assert target.without_iteration(found) == "55.0 [0.000, 626.8], 1 of 2 solved"
-    assert replace(target, measures=(ACCURACY,)).without_iteration(found).startswith("80.0 [")
-    pair = replace(target, one_pass="plain", measures=(ACCURACY, ACCURACY))
+    of_accuracy = replace(target, judge=BetterBy("focus", "plain", ACCURACY))
+    assert of_accuracy.without_iteration(found).startswith("80.0 [")
+    pair = replace(target, one_pass="plain", judge=Keeps("focus", "plain", ACCURACY, ACCURACY, 0.5))
     assert pair.without_iteration(FOUND) == "50.0 of 50.0"
 
 
 def test_few_seeds_decide_nothing() -> None:
     few = {variant: {seed: FOUND[variant][seed] for seed in range(3)} for variant in FOUND}
     for judge in (
-        solved_share("focus", "plain", 0.9),
-        fewer_solved("focus", "plain"),
-        stays_below("focus", "plain", ACCURACY, 51),
-        better_by("focus", "plain", ACCURACY),
-        keeps("focus", "plain", ACCURACY, ACCURACY, 0.5),
-        ratio_at_most("focus", "plain", STEPS, 0.5),
+        SolvedShare("focus", "plain", 0.9),
+        FewerSolved("focus", "plain"),
+        StaysBelow("focus", "plain", ACCURACY, 51),
+        BetterBy("focus", "plain", ACCURACY),
+        Keeps("focus", "plain", ACCURACY, ACCURACY, 0.5),
+        RatioAtMost("focus", "plain", STEPS, 0.5),
     ):
         assert judge(FOUND).reached
         assert judge(few).reached is None
