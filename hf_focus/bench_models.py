@@ -145,7 +145,7 @@ def decode(name: str, case: ModelCase) -> Call:
 
 
 class TrainStep(Call):
-    """Forward with labels, backward and a step of AdamW, in training mode: the refiner learns."""
+    """Forward with labels, backward and a step of AdamW, in training mode."""
 
     def __init__(self, name: str, case: ModelCase) -> None:
         model, ids = _build(name, case), case.ids()

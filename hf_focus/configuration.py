@@ -153,8 +153,8 @@ class FocusConfig:
         threshold_scale: see `base_threshold`.
         refiner: whether the Q-table corrects the predicted span. It only shortens: spans that begin short, as by
             default, it leaves as they are.
-        reward: what the refiner learns from: `"mass"` (the share of the local attention that the corrected span keeps,
-            − `span_cost`·span as a share of `max_span`: spans become as short as they can without losing what is
+        reward: what the refiner, if there is one, learns from: `"mass"` (the share of the local attention that the
+            corrected span keeps, − `span_cost`·span as a share of `max_span`: spans become as short as they can without losing what is
             attended to; a query counts by the gradient of its output), `"seed"` (coverage − `entropy_weight`·entropy
             of the local attention weights), or `"loss"` (by how much, to first order, the correction lowered the loss
             of the model).

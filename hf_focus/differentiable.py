@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import Backend, check_name, choose, is_training
 from .band_mask import BandMask
@@ -158,6 +159,10 @@ def run(problem: FocusProblem, name: str) -> FocusOutput:
         statistics = (entropy, coverage) if problem.need_statistics else (None, None)
         return FocusOutput(output, *statistics, iterations)
     backend = choose(name, problem, training)
-    if not training or backend.differentiate is None:
+    if backend.differentiate is None:
         return backend.solve(problem)
+    # Forward-mode tangents are not seen in `requires_grad`; the function below refuses them
+    if not training and getattr(forward_ad, "_current_level", -1) < 0:
+        with torch.no_grad():
+            return backend.solve(problem)
     return FocusOutput(*_Focus.apply(problem, backend, *(getattr(problem, name) for name in FocusProblem.TENSORS)))

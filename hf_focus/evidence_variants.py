@@ -106,10 +106,12 @@ VARIANTS: dict[str, Variant] = {
     "refiner, patched": Variant("with the refiner", {"refiner": True}),
     "refiner of the seed, patched": Variant("refiner with the seed's reward", {"refiner": True, "reward": "seed"}),
     "static span, patched": Variant("no predictor: static learned span a head", {}, frozen=_STATIC),
-    "soft spans, patched": Variant("… spans that start at half of the longest, with soft ends", LONG_SPANS),
-    "soft spans, refiner, patched": Variant("… the same, with the refiner", {**LONG_SPANS, "refiner": True}),
+    "soft spans, patched": Variant("spans that start at half of the longest, with soft ends", LONG_SPANS),
+    "soft spans, refiner, patched": Variant(
+        "spans that start at half of the longest, with soft ends, and the refiner", {**LONG_SPANS, "refiner": True}
+    ),
     "not rotated, patched": Variant(
-        "… feedback not rotated either", {**LONG_SPANS, "refiner": True, "rotate_feedback": False}
+        "… the same, feedback not rotated", {**LONG_SPANS, "refiner": True, "rotate_feedback": False}
     ),
     "normalized, patched": Variant("queries and keys normalised", {"qk_norm": True}),
     # Ablations

@@ -39,7 +39,7 @@ from .triton_tiles import (
 )
 
 
-# A growing cache must not mean another kernel whenever a length is a multiple of 16
+# A cache that grows to a multiple of 16 is no reason for another kernel; strides that are one still are
 @triton.jit(do_not_specialize=("length", "num_keys", "offset"))
 def backward_kernel(
     query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias, iterations, grad,

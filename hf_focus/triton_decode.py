@@ -56,7 +56,7 @@ def key_scores(
     return score, weight
 
 
-# A growing cache must not mean another kernel whenever a length is a multiple of 16
+# A cache that grows to a multiple of 16 is no reason for another kernel; strides that are one still are
 @triton.jit(do_not_specialize=("num_keys", "offset"))
 def decode_kernel(
     query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias,

@@ -34,7 +34,7 @@ def band_tile(
     return load_tile(base, keys, keys < num_keys, columns, strides[2], strides[3], SIZE)
 
 
-# A growing cache must not mean another kernel whenever a length is a multiple of 16
+# A cache that grows to a multiple of 16 is no reason for another kernel; strides that are one still are
 @triton.jit(do_not_specialize=("length", "num_keys", "offset"))
 def forward_kernel(
     query,

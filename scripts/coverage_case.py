@@ -16,7 +16,7 @@ from hf_focus.branch import FocusBranch
 from hf_focus.errors import UnsupportedArchitectureError
 
 # No query stops early: a stopped one has no gradient for what it did not use
-SETTINGS = FocusConfig(max_span=7, ramp=3, max_iterations=3, base_threshold=0.0, threshold_scale=0.0)
+SETTINGS = FocusConfig(max_span=7, ramp=3, max_iterations=3, base_threshold=0.0, threshold_scale=0.0, refiner=True)
 DECODER_TASKS = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT")
 TOLERANCE = 1e-5
 

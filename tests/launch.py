@@ -64,6 +64,7 @@ def prepare(folder: Path, **settings: Any) -> None:
         "ramp": 3,
         "max_iterations": 2,
         # It draws random numbers, which have to be the same again
+        "refiner": True,
         "reward": "seed",
         "cpu": True,
         "progress_bar": False,

@@ -132,3 +132,24 @@ def test_each_query_is_alone(backend: str, is_causal: bool) -> None:
         alone = solve(one, backend, query_offset=t)
         expected = FocusOutput(*(x[row : row + 1, :, part] for x in together))
         assert_same(alone, expected)
+
+
+@both_backends
+@pytest.mark.parametrize("name", ["attention_mask", "rotation"])
+def test_no_gradient_where_none_is_given(backend: str, name: str) -> None:
+    """A mask or rotation that requires one changes nothing."""
+    arguments = replace(LARGE, mask="additive", rotated=True).arguments()
+    expected = solve(arguments, backend)
+    arguments[name].requires_grad_()
+    with torch.no_grad():
+        assert_same(solve(arguments, backend), expected)
+    assert_same(solve(arguments, backend), expected)
+
+
+def test_forward_mode_is_refused() -> None:
+    """And not silently left out."""
+    arguments = LARGE.arguments()
+    with torch.autograd.forward_ad.dual_level():
+        query = torch.autograd.forward_ad.make_dual(arguments["query"], torch.ones_like(arguments["query"]))
+        with pytest.raises(RuntimeError, match="jvp"):
+            solve(arguments, "blocked", query=query)

@@ -8,6 +8,8 @@ from test_architectures import no_dropout
 from tiny import logits, patched, tokens
 from transformers import StaticCache
 
+from hf_focus import focus_attention
+
 BACKEND = "aot_eager"
 
 
@@ -21,6 +23,17 @@ def test_forward(name: str) -> None:
     model, ids = patched(name), tokens()
     compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
     torch.testing.assert_close(logits(compiled, input_ids=ids), logits(model, input_ids=ids), rtol=0, atol=1e-6)
+
+
+def test_without_memory() -> None:
+    """On the meta device, as exporters trace."""
+    query, span = torch.empty(1, 2, 5, 4, device="meta"), torch.empty(1, 2, 5, device="meta")
+    compiled = torch.compile(
+        lambda query, span: focus_attention(query, query, query, span, backend="reference").output,
+        fullgraph=True,
+        backend=BACKEND,
+    )
+    assert compiled(query, span).shape == query.shape
 
 
 def test_decode_step() -> None:

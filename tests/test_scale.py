@@ -31,6 +31,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path: Path, streaming: boo
     one, two = losses
     assert two == pytest.approx(one, abs=1e-5)
     assert len(set(one.values())) == STEPS
+    assert any(name.endswith("refiner.table") for name in weights[0])
     start_weights = load_file(tmp_path / "1" / "start" / "model.safetensors")
     for name, value in weights[0].items():
         assert (value - weights[1][name]).abs().max() <= 1e-5, name
