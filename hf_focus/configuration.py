@@ -154,10 +154,10 @@ class FocusConfig:
         refiner: whether the Q-table corrects the predicted span. It only shortens: spans that begin short, as by
             default, it leaves as they are.
         reward: what the refiner, if there is one, learns from: `"mass"` (the share of the local attention that the
-            corrected span keeps, − `span_cost`·span as a share of `max_span`: spans become as short as they can without losing what is
-            attended to; a query counts by the gradient of its output), `"seed"` (coverage − `entropy_weight`·entropy
-            of the local attention weights), or `"loss"` (by how much, to first order, the correction lowered the loss
-            of the model).
+            corrected span keeps, − `span_cost`·span as a share of `max_span`: spans become as short as they can
+            without losing what is attended to; a query counts by the gradient of its output), `"seed"` (coverage −
+            `entropy_weight`·entropy of the local attention weights), or `"loss"` (by how much, to first order, the
+            correction lowered the loss of the model).
         span_cost: with `reward="mass"`: share of the attention that the refiner gives up for a span shorter by
             `max_span`.
         num_actions: corrections the refiner chooses from: factors 0, 1/(A−1), …, 1.
