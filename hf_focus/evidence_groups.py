@@ -148,7 +148,9 @@ GROUPS: dict[str, Group] = {
                 " everything may lose it again."),
         _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
-                rates=(2e-3,)),
+                rates=(2e-3,), note="One part at a time is left out or changed. What it takes is as many attentions as"
+                " there are look-ups and one; of the rest every part alone can be done without on this task, and the"
+                " seed's form, without all of them, is not solved."),
         _k_step("k-step-5-ablations", 5, MAIN_PARTS, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
                 rates=(2e-3,)),
         _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),

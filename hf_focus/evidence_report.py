@@ -52,8 +52,9 @@ METHOD = f"""## How it was measured
   paired t test, then of the exact test that turns signs (for n seeds never below 2/2ⁿ).
 - **Solved**: every group of questions is answered right in 99%, twice in a row. A row that was never solved enters
   "steps to 99%" with all the steps that it was given, which is too few.
-- **Time** is that of the process on all its cores, on a CPU, and the clock's on a GPU. FLOPs count no key that a
-  causal query cannot see. Keys read and kept are those of the last query of a text of full length.
+- **Time** is that of the process on all its cores, on a CPU, and the clock's on a GPU; that of "another cpu" is not
+  comparable with the others'. FLOPs count no key that a causal query cannot see. Keys read and kept are those of the
+  last query of a text of full length.
 - **Lost rows stay**. A target is judged from 5 seeds on (shares of seeds from 10 on), by the rule in its line.
 - **Pictures**: a dot is a seed, the diamond the mean, the bar its interval, the dashed line the baseline's mean. A
   model has the same colour on the whole page; ablations are grey.
