@@ -96,10 +96,9 @@ def _on_device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _broadcast_strides(x: Tensor, ndim: int = 4) -> tuple[int, ...]:
-    """Strides by which `x` is read where it is broadcast to `ndim` axes: 0 along those it has once, or not at all."""
-    own = tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (0,) * (ndim - x.ndim) + own
+def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides by which `x` is read where it is broadcast: 0 along axes of size 1; a problem's tensors have all axes."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _mask(p: FocusProblem) -> tuple[Tensor | None, tuple[int, ...]]:
@@ -154,8 +153,8 @@ def shared_arguments(p: FocusProblem) -> dict[str, Any]:
         "query_strides": p.query.stride(),
         "key_strides": p.key.stride(),
         "value_strides": p.value.stride(),
-        "span_strides": _broadcast_strides(p.span, 3),
-        "sharpness_strides": _broadcast_strides(p.sharpness, 3),
+        "span_strides": _broadcast_strides(p.span),
+        "sharpness_strides": _broadcast_strides(p.sharpness),
         "readout_strides": (0,) * 4 if p.readout_weights is None else p.readout_weights.stride(),
         "matrix_strides": (0,) * 3 if matrix is None else matrix.stride(),
         "rotation_strides": rotation_strides,
