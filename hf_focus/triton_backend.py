@@ -97,7 +97,7 @@ def _on_device(x: Tensor) -> Any:
 
 
 def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides by which `x` is read where it is broadcast: 0 along axes of size 1; a problem's tensors have all axes."""
+    """Strides by which `x` is read where it is broadcast: 0 along axes of size 1. A problem has all axes."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
