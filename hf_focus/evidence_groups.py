@@ -155,7 +155,7 @@ GROUPS: dict[str, Group] = {
                 rates=(2e-3,)),
         _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),
         _tuned("dyck", 4, "Dyck-(4, 5)", "dyck",
-               (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1500),
+               (ACCURACY, *(accuracy_on("train", d) for d in (0, 8, 24)), accuracy_on("4 L")), steps=1000),
         _tuned("listops", 4, "ListOps, up to 64 tokens", "listops",
                (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), batch=32, steps=1000),
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
