@@ -58,6 +58,7 @@ _RULES = {
     "feedback": choice("normalized", "additive"),
     "feedback_through": choice("features", "layer"),
     "rotate_feedback": BOOL,
+    "rotate_global": BOOL,
     "anchored": BOOL,
     "mix_start": BETWEEN_ZERO_AND_ONE,
     "gain_start": number("a number above 0", lambda value: value > 0),
@@ -134,6 +135,11 @@ class FocusConfig:
             read the read-out's weights from the query before it is rotated: the local branch then knows distances
             between tokens and not their places in the text, as the model's own attention does. Without it, F gives
             queries that mean something else in each place. Layers whose rotation is not known have none, see `rotary`.
+        rotate_global: in layers with rotary positions, whether the global branch has them too. False leaves positions
+            to the local branch: the global one then finds what it looks for however far away it is, also beyond the
+            lengths it was trained at (2305.19466, 2501.18795). For models that are trained from scratch: the outputs
+            of a pretrained one do not stay the same. What the model says of positions (`position_ids`, scaling of
+            angles) is not read there: the local branch rotates by places among the keys, with base 10,000.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
@@ -195,6 +201,7 @@ class FocusConfig:
     feedback: str = "normalized"
     feedback_through: str = "features"
     rotate_feedback: bool = True
+    rotate_global: bool = True
     anchored: bool = False
     mix_start: float = 0.5
     gain_start: float = 1.0

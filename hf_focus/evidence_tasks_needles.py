@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .evidence_spans import batch_span_counts
-from .evidence_types import IGNORED, LONG_SPANS, SHORT_SPANS, Batch, Task
+from .evidence_types import FAR_AND_SHORT, IGNORED, SHORT_SPANS, Batch, Task
 from .stdlib_text import is_held_out, stdlib_files
 
 # Kinds of tokens of Python source that are spans to find in real text
@@ -160,7 +160,7 @@ def _count_spans(predictions: Tensor, batch: Batch) -> dict[str, float]:
 def _needles(name: str, title: str, **settings: int) -> Task:
     hidden = settings.get("hidden", 4)
     defaults = {
-        "length": 128, "hidden": 4, "values": 1, "asked": 1, "keys": 32, "digits": 2, "words": 32,
+        "length": 64, "hidden": 4, "values": 1, "asked": 1, "keys": 32, "digits": 2, "words": 32,
     }  # fmt: skip
     return Task(
         name=name,
@@ -171,8 +171,8 @@ def _needles(name: str, title: str, **settings: int) -> Task:
         vocabulary=lambda keys, words, **_: keys + 12 + words,
         length=lambda length, **_: length,
         settings={**defaults, **settings},
-        tests={f"{times} L": {"length": 128 * times} for times in (2, 4, 8, 16, 32)},
-        focus=lambda **_: {**LONG_SPANS, "max_span": 128},
+        tests={f"{times} L": {"length": 64 * times} for times in (2, 4, 8, 16, 32)},
+        focus=lambda **_: FAR_AND_SHORT,
         spread=hidden == 1,
     )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator
 
-from .evidence_types import IGNORED, LONG_SPANS, SHORT_SPANS, Batch, Task
+from .evidence_types import FAR_AND_SHORT, IGNORED, LONG_SPANS, Batch, Task
 
 
 def associative_recall(
@@ -104,7 +104,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 64, "pairs": 8, "vocabulary": 64, "power": 0.01},
         tests={**_longer(64), "4 pairs": {"pairs": 4}, "16 pairs": {"pairs": 16}},
-        focus=lambda **_: SHORT_SPANS,
+        focus=lambda **_: FAR_AND_SHORT,
     ),
     Task(
         name="passkey",
@@ -114,9 +114,9 @@ TASKS = [
         make=passkey,
         vocabulary=lambda words, **_: 12 + words,
         length=lambda length, **_: length,
-        settings={"length": 128, "digits": 5, "words": 24},
-        tests=_longer(128),
-        focus=lambda **_: {**LONG_SPANS, "max_span": 128},
+        settings={"length": 64, "digits": 5, "words": 24},
+        tests=_longer(64),
+        focus=lambda **_: FAR_AND_SHORT,
     ),
     Task(
         name="max-retrieval",

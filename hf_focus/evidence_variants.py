@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from .configuration import FocusConfig
@@ -38,6 +40,7 @@ class Variant:
         attention: a name in `evidence_attention.ATTENTIONS`, for a model without FocusA.
         more_layers: besides those of the row.
         qk_norm: the model's own attention normalises queries and keys (a Qwen3 and not a Llama).
+        last_unrotated: the last layer has no rotary positions (a SmolLM3 and not a Llama).
         rounds: how often a token goes through the layers, with the same weights (Universal Transformer, 1807.03819).
         matched: parameters as many as those of `REFERENCE` (the MLP is widened or narrowed). A deeper baseline is
             not: it may have more.
@@ -52,6 +55,7 @@ class Variant:
     attention: str | None = None
     more_layers: int = 0
     qk_norm: bool = False
+    last_unrotated: bool = False
     rounds: int = 1
     matched: bool = True
     frozen: tuple[str, ...] = ()
@@ -84,6 +88,7 @@ VARIANTS: dict[str, Variant] = {
     # Baselines
     "plain": Variant("full attention"),
     "plain, normalized": Variant("full attention, queries and keys normalised", qk_norm=True),
+    "plain, last unrotated": Variant("full attention, the last layer without positions", last_unrotated=True),
     "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
     "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
     "plain, 4 rounds": Variant("full attention, four times through the layer", rounds=4),
@@ -121,8 +126,9 @@ VARIANTS: dict[str, Variant] = {
     "10 iterations": _focus("10 iterations", max_iterations=10),
     "soft spans, not rotated": _focus(
         "… spans of up to 64 tokens with soft ends, feedback not rotated",
-        rotate_feedback=False, **LONG_SPANS,
+        rotate_feedback=False, rotate_global=True, **LONG_SPANS,
     ),
+    "global rotated": _focus("… global branch with positions", rotate_global=True),
     "not rotated": _focus("feedback not rotated", rotate_feedback=False),
     "not normalized": _focus("feedback not rotated, queries not normalised", qk_norm=False, rotate_feedback=False),
     "through features": _focus("feedback through the features alone", feedback_through="features"),
@@ -265,6 +271,17 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
         if variant.qk_norm:
             heads = {"num_key_value_heads": sizes.heads, "head_dim": sizes.width // sizes.heads}
             model = Qwen3ForCausalLM(Qwen3Config(**common, **heads, tie_word_embeddings=True))
+        elif variant.last_unrotated:
+            rotated = [1] * (common["num_hidden_layers"] - 1) + [0]
+            # As a Llama's, where its defaults are others
+            alike = {
+                "num_key_value_heads": sizes.heads,
+                "rope_parameters": LlamaConfig().rope_parameters,
+                **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+            }
+            model = SmolLM3ForCausalLM(
+                SmolLM3Config(**common, **alike, no_rope_layers=rotated, tie_word_embeddings=True)
+            )
         else:
             model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
         if variant.rounds > 1:

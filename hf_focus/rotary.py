@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .iteration import ROTARY_PAIRS, rotate
 
+# Of the angles that are not the model's, as in most models
+BASE = 10_000.0
+
 
 class Rotation(NamedTuple):
     """Of some queries.
@@ -34,6 +37,25 @@ class Rotation(NamedTuple):
             return both
         once = both if self.angles == "once" else both[..., : both.shape[-1] // 2]
         return torch.cat([once, once], dim=-1) if self.pairs == "halves" else once.repeat_interleave(2, dim=-1)
+
+
+def rotate_by_place(query: Tensor, key: Tensor, offset: int) -> tuple[Tensor, Tensor, Rotation]:
+    """Queries (B, H, T, D) and keys (B, Hkv, S, D), D even, rotated by their places among the keys: scores depend on
+    the distance alone.
+
+    Args:
+        offset: place of the first query.
+
+    Returns:
+        Both, and the rotation of the queries.
+    """
+    size, device = query.shape[-1], key.device
+    frequency = BASE ** -(torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    angle = torch.arange(key.shape[2], device=device)[:, None] * frequency
+    of_keys = torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2)[:, None]
+    of_queries = of_keys[:, :, offset : offset + query.shape[2]]
+    rotated = [rotate(x, angles.to(x.dtype), "halves") for x, angles in ((query, of_queries), (key, of_keys))]
+    return *rotated, Rotation(*of_queries)
 
 
 @cache

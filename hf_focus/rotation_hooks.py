@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .rotary import Rotation, find_layout
@@ -46,11 +47,13 @@ class RotationHook:
     Args:
         place: of `position_embeddings` among the positional arguments.
         pairs, angles: see `Rotation`.
+        hides: the layer itself gets angles of zero: what it caches and what the global branch reads is not rotated.
     """
 
     place: int
     pairs: str
     angles: str
+    hides: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -59,7 +62,13 @@ class RotationHook:
         pair = isinstance(given, (tuple, list)) and len(given) == 2
         if not pair or not all(isinstance(x, Tensor) and x.ndim == 3 for x in given):
             return None
-        return args, {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
+        kwargs = {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
+        if not self.hides:
+            return args, kwargs
+        still = (torch.ones_like(given[0]), torch.zeros_like(given[1]))
+        if len(args) > self.place:
+            return (*args[: self.place], still, *args[self.place + 1 :]), kwargs
+        return args, {**kwargs, "position_embeddings": still}
 
 
 def find_rotation(

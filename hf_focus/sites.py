@@ -162,11 +162,23 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if config.feedback_through == "layer" and config.max_iterations > 1:
         for site in sites:
             find_projections(site.module, site.num_heads, site.head_dim, site.value_head_dim)
-    return [_with_rotation(site, architecture) for site in sites] if _rotates_feedback(config) else sites
+    if not _reads_rotation(config):
+        return sites
+    sites = [_with_rotation(site, architecture) for site in sites]
+    return sites if config.rotate_global else [_hiding_rotation(site) for site in sites]
 
 
-def _rotates_feedback(config: FocusConfig) -> bool:
-    return config.rotate_feedback and config.max_iterations > 1
+def _reads_rotation(config: FocusConfig) -> bool:
+    return not config.rotate_global or (config.rotate_feedback and config.max_iterations > 1)
+
+
+def _hiding_rotation(site: Site) -> Site:
+    """The site of a layer that is not to rotate. One that never does stays."""
+    if site.rotary_pairs is None or (site.rotation_hook is not None and site.head_dim % 2):
+        accepted = f"True: `{site.path}` ({type(site.module).__name__}) has no rotary positions that are known here"
+        raise FocusConfigError(bad_value("rotate_global", False, accepted))
+    hook = site.rotation_hook
+    return replace(site, rotation_hook=None if hook is None else replace(hook, hides=True))
 
 
 def _with_rotation(site: Site, architecture: Architecture) -> Site:
@@ -189,7 +201,7 @@ def _with_rotation(site: Site, architecture: Architecture) -> Site:
 
 def with_rotary(architecture: Architecture, sites: list[Site], config: FocusConfig) -> Architecture:
     """`architecture` with what was found of its rotary positions, to be saved, where `config` makes use of it."""
-    if architecture.rotary is not None or not _rotates_feedback(config):
+    if architecture.rotary is not None or not _reads_rotation(config):
         return architecture
     found = {unrouted_class(type(site.module)).__name__: site.rotary_pairs for site in sites}
     return replace(architecture, rotary={name: pairs for name, pairs in sorted(found.items()) if pairs is not None})
