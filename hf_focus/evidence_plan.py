@@ -78,6 +78,8 @@ class Group:
         title: of its table.
         baseline: variant that the others are compared with.
         rates: learning rates that every variant is tuned over; one: no tuning.
+        chosen_by: measures that a rate is chosen by, each where those before it are equal; none: the first of
+            `measures`.
         tuning_seeds: that each rate is tried on; more where luck decides more than the rate.
         pretrain: steps that the plain model makes before it is patched.
         examples: of each test set.
@@ -95,6 +97,7 @@ class Group:
     sizes: Mapping[str, int] = field(default_factory=dict)
     baseline: str = "plain"
     rates: tuple[float, ...] = (3e-3,)
+    chosen_by: tuple[Measure, ...] = ()
     tuning_seeds: int = 1
     seeds: int = 5
     steps: int = 2000
@@ -145,18 +148,19 @@ class Group:
         return f"{self.task.replace(' ', '-')}.jsonl"
 
     def choose_rates(self, finished: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Variant -> learning rate: the one with the best mean of the first measure on the tuning seeds; the first one
+        """Variant -> learning rate: the one with the best means of `chosen_by` on the tuning seeds; the first one
         while there are none of them. Of equals the first."""
-        measure, chosen = self.measures[0], {}
+        measures, chosen = self.chosen_by or self.measures[:1], {}
         for variant in self.variants:
-            scores: dict[float, list[float]] = {}
+            scores: dict[tuple[float, Measure], list[float]] = {}
             for row in self.tuning_rows():
                 record = find_record(row, finished) if row.variant == variant else None
-                value = None if record is None else measure.read(record)
-                if value is not None:
-                    scores.setdefault(row.lr, []).append(-value if measure.lower_is_better else value)
-            means = {lr: sum(values) / len(values) for lr, values in scores.items()}
-            chosen[variant] = max(self.rates, key=lambda lr: means.get(lr, -math.inf))
+                for measure in () if record is None else measures:
+                    value = measure.read(record)
+                    if value is not None:
+                        scores.setdefault((row.lr, measure), []).append(-value if measure.lower_is_better else value)
+            means = {key: sum(values) / len(values) for key, values in scores.items()}
+            chosen[variant] = max(self.rates, key=lambda lr: [means.get((lr, m), -math.inf) for m in measures])
         return chosen
 
 

@@ -22,8 +22,8 @@ from .sites import build_branches, install, plan, with_rotary
 def apply_focus(
     model: PreTrainedModel, config: FocusConfig | dict[str, Any] | None = None, **settings: Any
 ) -> PreTrainedModel:
-    """Replace the self-attention of `model` by FocusA, in place. Its outputs stay the same until it is trained (but with
-    `local_start` other than 0, or without `rotate_global`, which are for models that are trained from scratch).
+    """Replace the self-attention of `model` by FocusA, in place. Its outputs stay the same until it is trained, but
+    with `local_start` other than 0 or without `rotate_global`, which are for models that are trained from scratch.
 
     ```python
     apply_focus(model, FocusConfig(max_span=128))

@@ -236,6 +236,12 @@ def test_learning_rates_are_chosen_on_seeds_that_do_not_count(tmp_path: Path) ->
     assert tuned.choose_rates(records) == {"focus": 1e-3, "plain": 3e-3}
     shown = counted(tuned, records)
     assert set(shown["focus"]) <= {FIRST_SEED}
+    # By the steps that were made, where these tell rates apart; else by what comes next
+    by_steps = replace(tuned, chosen_by=(STEPS, ACCURACY))
+    for record in records:
+        fast = record["variant"] == "focus" and record["lr"] == 3e-3
+        record["steps_to_solved"] = 0 if fast else None
+    assert by_steps.choose_rates(records) == {"focus": 3e-3, "plain": 3e-3}
 
 
 def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
