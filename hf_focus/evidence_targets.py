@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .evidence_groups import BITS, BOUNDARIES, CACHE, HELD_OUT_BOUNDARIES, LONG_CONTEXT_BITS, entropy_on
-from .evidence_plan import ACCURACY, KEYS, STEPS, Measure, accuracy_on
+from .evidence_groups import BITS, BOUNDARIES, CACHE, HELD_OUT_BOUNDARIES, LONG_CONTEXT_BITS, entropy_on, exact_on
+from .evidence_plan import ACCURACY, EXACT, KEYS, STEPS, Measure, accuracy_on
 from .evidence_statistics import difference, estimate, show
 
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
@@ -234,6 +234,8 @@ TARGETS: tuple[Target, ...] = (
            Keeps("focus", "plain", entropy_on("256"), entropy_on("16"), 0.9, 1.1)),
     Target(2, "… of the local branch", "within 10%", "max-retrieval",
            Keeps("focus", "plain", entropy_on("256", "local"), entropy_on("16", "local"), 0.9, 1.1)),
+    Target(2, "A single needle: all right at 16 times the length of that at the length, %", "at least 90% kept",
+           "needle", Keeps("focus", "plain", exact_on("16 L"), EXACT, 0.9)),
     Target(3, "Listed names: boundary errors a span", "at most ½", "entity-spans",
            RatioAtMost("focus", "plain", BOUNDARIES, 0.5)),
     Target(3, "Strings and comments in real text: boundary errors a span", "at most ½", "source-spans",
