@@ -55,9 +55,9 @@ class FocusAdapterFields:
         if settings.span_penalty:
             accepted = "0: an adapter leaves the model's loss as it is; apply_focus adds the penalty to it"
             raise FocusConfigError(bad_value("span_penalty", settings.span_penalty, accepted))
-        if not settings.rotate_global:
-            accepted = "True: an adapter leaves the base as it is; apply_focus takes its rotary positions away"
-            raise FocusConfigError(bad_value("rotate_global", settings.rotate_global, accepted))
+        if settings.global_rotation < 1:
+            accepted = "1.0: an adapter leaves the base as it is, where apply_focus changes how it rotates"
+            raise FocusConfigError(bad_value("global_rotation", settings.global_rotation, accepted))
         self.focus_config = settings.to_dict()
         if self.focus_architecture is not None:
             Architecture.from_dict(self.base_model_type, self.focus_architecture)

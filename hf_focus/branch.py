@@ -21,7 +21,7 @@ from .pooling import pool_global
 from .problem import without_autocast
 from .refiner import Refiner
 from .rewards import saved_loss, weighed
-from .rotary import Rotation, rotate_by_place
+from .rotary import Rotation, rotate_slow_pairs
 from .span import AdaptiveSpan, Predictor, count_in_span
 
 
@@ -139,8 +139,8 @@ class FocusBranch(nn.Module):
             is_causal, scaling, softcap, position_bias: as in `focus_attention`.
             sliding_window: the layer's own window, which the local branch respects too.
             layer_feedback: with `feedback_through="layer"`: W_O·W_Q (H, Dv, D), see `layer_feedback`.
-            rotation: of the queries, where the layer has rotary positions. Read with `rotate_feedback`; without
-                `rotate_global` queries and keys come without it, and are rotated here.
+            rotation: of the queries, where the layer has rotary positions. Read with `rotate_feedback`; and with
+                `global_rotation` below 1, where queries and keys come without a part of it and get it here.
 
         Returns:
             (B, H, T, Dv).
@@ -152,8 +152,8 @@ class FocusBranch(nn.Module):
             key, value, attention_mask, position_bias, query_offset = gather_reach(
                 key, value, attention_mask, position_bias, query_offset, length, max_span, is_causal
             )
-        hidden = rotation is not None and not config.rotate_global
-        if (config.qk_norm or hidden) and is_causal:
+        slow = rotation is not None and config.global_rotation < 1
+        if (config.qk_norm or slow) and is_causal:
             # What is out of reach need not be normalised or rotated for each decoded token
             key, value, attention_mask, position_bias, query_offset = within_reach(
                 key, value, attention_mask, position_bias, query_offset, max_span
@@ -161,8 +161,8 @@ class FocusBranch(nn.Module):
         if config.qk_norm:
             query, key = (unit(_wide(x)).to(x.dtype) for x in (query, key))
             scaling = query.shape[-1] ** -0.5
-        if hidden:
-            query, key, rotation = rotate_by_place(query, key, query_offset)
+        if slow:
+            query, key, rotation = rotate_slow_pairs(query, key, query_offset, rotation, config.global_rotation)
         num_keys = key.shape[2]
         valid = own_key_visible(attention_mask, length, num_keys, query_offset, query.device)
         num_visible = count_visible(attention_mask, length, num_keys, query_offset, max_span, is_causal, query.device)
@@ -189,7 +189,8 @@ class FocusBranch(nn.Module):
             scale = self.refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, action=action, **lesson)
 
         angles, pairs = None, "halves"
-        if rotation is not None and self.rotates and config.rotate_feedback and config.max_iterations > 1:
+        heeded = slow or (rotation is not None and self.rotates and config.rotate_feedback)
+        if heeded and config.max_iterations > 1:
             angles, pairs = rotation.values.to(query.device), rotation.pairs
         # How often to look does not depend on where in the text a token is
         asking = query if angles is None or self.readout_weight is None else rotate_back(query, angles, pairs)

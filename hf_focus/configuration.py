@@ -58,7 +58,7 @@ _RULES = {
     "feedback": choice("normalized", "additive"),
     "feedback_through": choice("features", "layer"),
     "rotate_feedback": BOOL,
-    "rotate_global": BOOL,
+    "global_rotation": _FRACTION,
     "anchored": BOOL,
     "mix_start": BETWEEN_ZERO_AND_ONE,
     "gain_start": number("a number above 0", lambda value: value > 0),
@@ -135,11 +135,13 @@ class FocusConfig:
             read the read-out's weights from the query before it is rotated: the local branch then knows distances
             between tokens and not their places in the text, as the model's own attention does. Without it, F gives
             queries that mean something else in each place. Layers whose rotation is not known have none, see `rotary`.
-        rotate_global: in layers with rotary positions, whether the global branch has them too. False leaves positions
-            to the local branch: the global one then finds what it looks for however far away it is, also beyond the
-            lengths it was trained at (2305.19466, 2501.18795). For models that are trained from scratch: the outputs
-            of a pretrained one do not stay the same. What the model says of positions (`position_ids`, scaling of
-            angles) is not read there: the local branch rotates by places among the keys, with base 10,000.
+        global_rotation: in layers with rotary positions, the share of the pairs of features that rotate in the global
+            branch, those that turn fastest (p-RoPE, 2410.06205). The slow ones take angles in long texts that none had
+            in training: without them the global branch finds what is farther away than any training text was long. At
+            0 it has no positions at all (2305.19466). The local branch has all of them: it rotates the slow pairs by
+            places among the keys, with base 10,000, whatever `position_ids` and YaRN's scale say. For models that
+            are trained from scratch: the outputs of a pretrained one do not stay the same below 1. What is fed back is
+            always rotated then, see `rotate_feedback`.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
@@ -201,7 +203,7 @@ class FocusConfig:
     feedback: str = "normalized"
     feedback_through: str = "features"
     rotate_feedback: bool = True
-    rotate_global: bool = True
+    global_rotation: float = 1.0
     anchored: bool = False
     mix_start: float = 0.5
     gain_start: float = 1.0

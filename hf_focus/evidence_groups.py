@@ -112,7 +112,7 @@ GROUPS: dict[str, Group] = {
     for group in (
         _tuned("recall", 1, "Multi-query recall, trained at L = 64", "recall", (ACCURACY, STEPS, *LONGER,
                accuracy_on("4 pairs"), accuracy_on("16 pairs")), batch=32, chosen_by=(STEPS, ACCURACY),
-               variants=("focus", "global rotated", "soft spans, not rotated", *FAR_BASELINES[1:]),
+               variants=("focus", "global rotated", "global still", "soft spans, not rotated", *FAR_BASELINES[1:]),
                note="Every model begins on a plateau, on which it answers one of the values at random: it does not"
                " know yet which token came before which. Spans that begin as a token or less, with hard ends, show it."
                " With spans of up to 64 tokens and soft ends, as on the k-step lookup, FocusA left the plateau on one"

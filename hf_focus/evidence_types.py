@@ -12,7 +12,7 @@ IGNORED = -100
 # Settings of FocusA where the token before is what a layer needs first: spans begin as a token or less, with hard ends
 SHORT_SPANS = {"max_span": 16, "ramp": 2, "initial_span": 0.02}
 # And what is looked for beyond them may be farther away than in training
-FAR_AND_SHORT = {**SHORT_SPANS, "rotate_global": False}
+FAR_AND_SHORT = {**SHORT_SPANS, "global_rotation": 0.25}
 # And where a layer has to look far from the first step: they begin as half of the longest
 LONG_SPANS = {"max_span": 64, "ramp": 16, "initial_span": 0.5}
 

@@ -126,9 +126,10 @@ VARIANTS: dict[str, Variant] = {
     "10 iterations": _focus("10 iterations", max_iterations=10),
     "soft spans, not rotated": _focus(
         "… spans of up to 64 tokens with soft ends, feedback not rotated",
-        rotate_feedback=False, rotate_global=True, **LONG_SPANS,
+        rotate_feedback=False, global_rotation=1.0, **LONG_SPANS,
     ),
-    "global rotated": _focus("… global branch with positions", rotate_global=True),
+    "global rotated": _focus("… global branch with all positions", global_rotation=1.0),
+    "global still": _focus("… global branch without positions", global_rotation=0.0),
     "not rotated": _focus("feedback not rotated", rotate_feedback=False),
     "not normalized": _focus("feedback not rotated, queries not normalised", qk_norm=False, rotate_feedback=False),
     "through features": _focus("feedback through the features alone", feedback_through="features"),

@@ -63,6 +63,10 @@ def check_objective(train_args: TrainArguments, args: ModelArguments, focus: Foc
     if settings["max_dist"] is None:
         accepted = "a number with the objective match: without a limit there is nothing to match"
         raise FocusConfigError(bad_value("max_dist", None, accepted))
+    # Saved before there was a choice, all of it
+    if settings.get("global_rotation", 1.0) < 1:
+        accepted = "1.0 with the objective match: the base without its rotation is no teacher"
+        raise FocusConfigError(bad_value("global_rotation", settings["global_rotation"], accepted))
     if settings["span_penalty"]:
         # It is added to the task's loss, which is not computed
         raise FocusConfigError(bad_value("span_penalty", settings["span_penalty"], "0 with the objective match"))

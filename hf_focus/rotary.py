@@ -39,23 +39,46 @@ class Rotation(NamedTuple):
         return torch.cat([once, once], dim=-1) if self.pairs == "halves" else once.repeat_interleave(2, dim=-1)
 
 
-def rotate_by_place(query: Tensor, key: Tensor, offset: int) -> tuple[Tensor, Tensor, Rotation]:
-    """Queries (B, H, T, D) and keys (B, Hkv, S, D), D even, rotated by their places among the keys: scores depend on
-    the distance alone.
+def still_pairs(size: int, share: float, layout: str, device: torch.device) -> Tensor:
+    """Which of `size` features or angles are of the slow pairs that do not rotate, bool (size,): all pairs but the
+    first `share`.
+
+    Args:
+        layout: `"once"`: an angle a pair; else two, as `Rotation.pairs` says.
+    """
+    place = torch.arange(size, device=device)
+    if layout == "once":
+        return place >= round(share * size)
+    pairs = size // 2
+    return (place // 2 if layout == "neighbours" else place % pairs) >= round(share * pairs)
+
+
+def rotate_slow_pairs(
+    query: Tensor, key: Tensor, offset: int, rotation: Rotation, share: float
+) -> tuple[Tensor, Tensor, Rotation]:
+    """Queries (B, H, T, D) and keys (B, Hkv, S, D) whose slow pairs were not rotated, rotated in these by their places
+    among the keys: scores depend on the distance.
 
     Args:
         offset: place of the first query.
+        rotation: of the queries, as if all pairs had been rotated.
+        share: of the pairs that were.
 
     Returns:
-        Both, and the rotation of the queries.
+        Both, and the rotation of the queries that they have now.
     """
-    size, device = query.shape[-1], key.device
+    values, device, layout = rotation.values.to(query.device), query.device, rotation.pairs
+    size = values.shape[-1]
     frequency = BASE ** -(torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     angle = torch.arange(key.shape[2], device=device)[:, None] * frequency
-    of_keys = torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2)[:, None]
+    both = torch.stack([angle.cos(), angle.sin()])
+    both = both.repeat(1, 1, 2) if layout == "halves" else both.repeat_interleave(2, dim=-1)
+    still = still_pairs(size, share, layout, device)
+    none = torch.tensor([1.0, 0.0], device=device)[:, None, None]
+    of_keys = torch.where(still, both, none)[:, None]
     of_queries = of_keys[:, :, offset : offset + query.shape[2]]
-    rotated = [rotate(x, angles.to(x.dtype), "halves") for x, angles in ((query, of_queries), (key, of_keys))]
-    return *rotated, Rotation(*of_queries)
+    made = Rotation(*torch.where(still, of_queries.to(values.dtype), values), layout)
+    return rotate(query, of_queries, layout), rotate(key, of_keys, layout), made
 
 
 @cache

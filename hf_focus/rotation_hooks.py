@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .rotary import Rotation, find_layout
+from .errors import FocusConfigError, bad_value
+from .rotary import Rotation, find_layout, still_pairs
 
 KEYWORD = "focus_rotation"
 _ROTATES = "apply_rotary_pos_emb"
@@ -47,13 +47,14 @@ class RotationHook:
     Args:
         place: of `position_embeddings` among the positional arguments.
         pairs, angles: see `Rotation`.
-        hides: the layer itself gets angles of zero: what it caches and what the global branch reads is not rotated.
+        share: of the pairs of features that the layer itself rotates, the fastest; the others get angles of zero, in
+            what it caches and what the global branch reads. The angles that are handed on are whole.
     """
 
     place: int
     pairs: str
     angles: str
-    hides: bool = False
+    share: float = 1.0
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -61,14 +62,20 @@ class RotationHook:
         given = args[self.place] if len(args) > self.place else kwargs.get("position_embeddings")
         pair = isinstance(given, (tuple, list)) and len(given) == 2
         if not pair or not all(isinstance(x, Tensor) and x.ndim == 3 for x in given):
+            if self.share < 1 and given is not None:
+                accepted = f"1.0 for {type(module).__name__}, which rotates by angles of another kind"
+                raise FocusConfigError(bad_value("global_rotation", self.share, accepted))
             return None
         kwargs = {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
-        if not self.hides:
+        if self.share == 1:
             return args, kwargs
-        still = (torch.ones_like(given[0]), torch.zeros_like(given[1]))
+        cos, sin = given
+        layout = {"each": self.pairs, "twice": "halves", "once": "once"}[self.angles]
+        still = still_pairs(cos.shape[-1], self.share, layout, cos.device)
+        fast = (cos.masked_fill(still, 1.0), sin.masked_fill(still, 0.0))
         if len(args) > self.place:
-            return (*args[: self.place], still, *args[self.place + 1 :]), kwargs
-        return args, {**kwargs, "position_embeddings": still}
+            return (*args[: self.place], fast, *args[self.place + 1 :]), kwargs
+        return args, {**kwargs, "position_embeddings": fast}
 
 
 def find_rotation(

@@ -165,20 +165,33 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if not _reads_rotation(config):
         return sites
     sites = [_with_rotation(site, architecture) for site in sites]
-    return sites if config.rotate_global else [_hiding_rotation(site) for site in sites]
+    if config.global_rotation < 1:
+        _check_shared_keys(sites, config)
+        sites = [_rotating_less(site, config.global_rotation) for site in sites]
+    return sites
 
 
 def _reads_rotation(config: FocusConfig) -> bool:
-    return not config.rotate_global or (config.rotate_feedback and config.max_iterations > 1)
+    return config.global_rotation < 1 or (config.rotate_feedback and config.max_iterations > 1)
 
 
-def _hiding_rotation(site: Site) -> Site:
-    """The site of a layer that is not to rotate. One that never does stays."""
-    if site.rotary_pairs is None or (site.rotation_hook is not None and site.head_dim % 2):
-        accepted = f"True: `{site.path}` ({type(site.module).__name__}) has no rotary positions that are known here"
-        raise FocusConfigError(bad_value("rotate_global", False, accepted))
+def _rotating_less(site: Site, share: float) -> Site:
+    """The site of a layer that rotates only a share of its pairs. One among others that does not rotate stays."""
+    if site.rotary_pairs is None:
+        accepted = (
+            f"1.0: `{site.path}` ({type(site.module).__name__}) has no rotary positions that are known here; `modules`"
+            " chooses those parts of a model that have"
+        )
+        raise FocusConfigError(bad_value("global_rotation", share, accepted))
     hook = site.rotation_hook
-    return replace(site, rotation_hook=None if hook is None else replace(hook, hides=True))
+    return replace(site, rotation_hook=None if hook is None else replace(hook, share=share))
+
+
+def _check_shared_keys(sites: list[Site], config: FocusConfig) -> None:
+    shared = any(getattr(getattr(site.module, "config", None), "num_kv_shared_layers", 0) for site in sites)
+    if config.layers is not None and shared:
+        accepted = f"1.0, or all layers and not {config.layers}: layers of this model share keys"
+        raise FocusConfigError(bad_value("global_rotation", config.global_rotation, accepted))
 
 
 def _with_rotation(site: Site, architecture: Architecture) -> Site:

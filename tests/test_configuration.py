@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "feedback": (["normalized", "additive"], ["none", "", None, 1, True]),
     "feedback_through": (["features", "layer"], ["query", "", None]),
     "rotate_feedback": FLAG,
-    "rotate_global": FLAG,
+    "global_rotation": FRACTION,
     "anchored": FLAG,
     "mix_start": ([0.1, 0.9], [0, 1, "0.5", None, True, float("nan")]),
     "gain_start": ([0.1, 1, 3], [0, -1, "1", None, True, float("inf")]),

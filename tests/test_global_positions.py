@@ -1,22 +1,34 @@
-"""`rotate_global=False`: the global branch has no positions, the local branch has them."""
+"""`global_rotation`: the global branch has a part of the positions or none, the local branch all of them."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LENGTH, PAD, SETTINGS, TINY, logits, patched, tokens
-from transformers import AutoModelForCausalLM, SmolLM3Config, SmolLM3ForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StaticCache,
+)
 
 from hf_focus import FocusAdapterConfig, FocusConfig, apply_focus, remove_focus
 from hf_focus.branch import FocusBranch
 from hf_focus.errors import FocusConfigError
-from hf_focus.rotary import BASE, Rotation, rotate_by_place
+from hf_focus.iteration import rotate
+from hf_focus.rotary import BASE, Rotation, still_pairs
 from hf_focus.rotation_hooks import RotationHook
 
-STILL = FocusConfig.build(SETTINGS, rotate_global=False)
+STILL = FocusConfig.build(SETTINGS, global_rotation=0)
+SHARES = (0.0, 0.3, 0.5)
 ROTARY = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "modernbert")
 
 
@@ -25,7 +37,7 @@ def inputs_of(ids: torch.Tensor, **more: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_the_global_branch_has_no_positions(name: str) -> None:
+def test_the_global_branch_without_positions(name: str) -> None:
     ids, sizes = tokens(), {"initializer_range": 0.2}
     model = TINY[name].build(**sizes).double()
     expected = logits(model, **inputs_of(ids, position_ids=torch.zeros_like(ids)))
@@ -38,57 +50,76 @@ def test_the_global_branch_has_no_positions(name: str) -> None:
     assert not any(isinstance(hook, RotationHook) for hook in hooks)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt_oss", "cohere", "glm"])
+def test_the_global_branch_with_the_fast_pairs(name: str) -> None:
+    """As a model whose slow frequencies are 0, in every layout of pairs and angles."""
+    prefix = {"gpt_neox": "GPTNeoX", "gpt_oss": "GptOss"}.get(name, name.title())
+    small = {}
+    if name == "gpt_oss":
+        # Its own are scaled, as YaRN has it
+        plain = {"rope_type": "default", "rope_theta": 10_000.0}
+        small = {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": plain}
+    sizes = {**TINY["llama"].sizes, "head_dim": 8, "initializer_range": 0.2, **small}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**sizes)).eval()
+    ids = tokens()
+    rotary = next(module for path, module in model.named_modules() if path.endswith(("rotary_emb", "rotary")))
+    whole = rotary.inv_freq.clone()
+    rotary.inv_freq[round(0.5 * len(whole)) :] = 0
+    expected = logits(model, **inputs_of(ids))
+    rotary.inv_freq.copy_(whole)
+    original = logits(model, **inputs_of(ids))
+    found = logits(apply_focus(model, FocusConfig.build(STILL, global_rotation=0.5)), **inputs_of(ids))
+    # Angles of 0 may have a scale
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (original - expected).abs().max() > 1e-3
+
+
 @given(
     length=st.integers(1, 12),
     more=st.integers(0, 9),
     start=st.integers(0, 50),
     is_causal=st.booleans(),
     qk_norm=st.booleans(),
+    share=st.sampled_from(SHARES),
+    layout=st.sampled_from(["halves", "neighbours"]),
     seed=st.integers(0, 99),
 )
-def test_the_local_branch_has_those_of_the_model(
-    length: int, more: int, start: int, is_causal: bool, qk_norm: bool, seed: int
+def test_the_local_branch_has_all_positions(
+    length: int, more: int, start: int, is_causal: bool, qk_norm: bool, share: float, layout: str, seed: int
 ) -> None:
-    """It makes of queries and keys what it makes of those that a model with base 10,000 rotated, from any place on."""
+    """What was rotated in part gives what a model with base 10,000 rotates would, from any place on."""
     if not is_causal:
         more = 0
     torch.manual_seed(seed)
-    config = FocusConfig.build(STILL, qk_norm=qk_norm, refiner=False, base_threshold=0.0)
-    branch = FocusBranch(config, 4, 8, 8).double().eval()
+    config = FocusConfig.build(STILL, global_rotation=share, qk_norm=qk_norm, refiner=False, base_threshold=0.0)
+    branch = FocusBranch(config, 4, 10, 8).double().eval()
     for parameter in branch.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    query, output = torch.randn(2, 4, length, 8).double(), torch.randn(2, length, 4, 8).double()
-    key, value = (torch.randn(2, 2, length + more, 8).double() for _ in range(2))
+    query, output = torch.randn(2, 4, length, 10).double(), torch.randn(2, length, 4, 8).double()
+    key, value = torch.randn(2, 2, length + more, 10).double(), torch.randn(2, 2, length + more, 8).double()
+    # Of ten features eight rotate
     angle = (start + torch.arange(length + more))[:, None] * BASE ** -(torch.arange(0, 8, 2).double() / 8)
-    values = torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2)[:, None]
-    rotation = Rotation(*values[:, :, more:])
+    both = torch.stack([angle.cos(), angle.sin()])[:, None]
+    values = both.repeat(1, 1, 1, 2) if layout == "halves" else both.repeat_interleave(2, dim=-1)
+    fast = values.clone()
+    fast[0, ..., still_pairs(8, share, layout, "cpu")] = 1
+    fast[1, ..., still_pairs(8, share, layout, "cpu")] = 0
+    rotation = Rotation(*values[:, :, more:], layout)
     options = {"is_causal": is_causal, "query_offset": more, "rotation": rotation}
-    found = branch(query, key, value, output, **options)
-    branch.config = FocusConfig.build(config, rotate_global=True)
-    first, second = _halves(query, values[:, :, more:]), _halves(key, values)
-    torch.testing.assert_close(found, branch(first, second, value, output, **options), rtol=0, atol=1e-5)
-
-
-def _halves(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """As transformers' Llama rotates."""
-    cos, sin = values
-    one, other = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-other, one], dim=-1) * sin
-
-
-def test_scores_depend_on_the_distance() -> None:
-    query, key = torch.randn(2, 1, 1, 1, 8).double()
-    query, key = query.expand(1, 1, 3, 8), key.expand(1, 1, 9, 8)
-    rotated, keys, rotation = rotate_by_place(query, key, 4)
-    scores = (rotated @ keys.mT)[0, 0]
-    for distance in range(5):
-        assert torch.allclose(scores[0, 4 - distance], scores[[1, 2], [5 - distance, 6 - distance]], atol=1e-6)
-    assert rotation.values.shape == (2, 1, 3, 8)
+    found = branch(rotate(query, fast[:, :, more:], layout), rotate(key, fast, layout), value, output, **options)
+    branch.config = FocusConfig.build(config, global_rotation=1)
+    whole = branch(rotate(query, values[:, :, more:], layout), rotate(key, values, layout), value, output, **options)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"max_dist": 9}], ids=lambda x: str([*x]))
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"qk_norm": True}, {"max_dist": 9}, {"rotate_feedback": False}, {"global_rotation": 0.5}],
+    ids=lambda x: str([*x]),
+)
 def test_decoding_equals_one_pass(name: str, cache: str, settings: dict[str, Any]) -> None:
     model = patched(name, FocusConfig.build(STILL, **settings), initializer_range=0.2).double()
     ids = tokens()
@@ -132,7 +163,7 @@ def test_training_and_the_saved_model(tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
     model.eval().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.focus_config["rotate_global"] is False
+    assert loaded.config.focus_config["global_rotation"] == 0
     assert torch.equal(logits(loaded, input_ids=ids), logits(model, input_ids=ids))
 
 
@@ -148,16 +179,44 @@ def test_layers_that_never_rotate_stay() -> None:
     model = apply_focus(SmolLM3ForCausalLM(SmolLM3Config(**sizes)).eval(), STILL)
     hooks = [list(layer.self_attn._forward_pre_hooks.values()) for layer in model.model.layers]
     assert [len(found) for found in hooks] == [1, 0]
-    assert hooks[0][0].hides
+    assert hooks[0][0].share == 0
+
+
+def small_dinov3() -> DINOv3ViTModel:
+    """Rotates by angles without a batch dimension, and not all of its tokens."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=16, patch_size=4)).eval()
+
+
+def test_layers_that_share_keys_are_patched_together() -> None:
+    shared = {**TINY["llama"].sizes, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8}
+    sizes = {
+        "vocab_size_per_layer_input": 99,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+    }
+    config = Gemma3nTextConfig(**shared, **sizes, sliding_window=6, activation_sparsity_pattern=None)
+    model = Gemma3nForCausalLM(config).eval()
+    before = logits(model, input_ids=tokens())
+    with pytest.raises(
+        FocusConfigError, match=r"`global_rotation` got 0; accepted: 1.0, or all layers and not \[0, 1\]"
+    ):
+        apply_focus(model, FocusConfig.build(STILL, layers=[0, 1]))
+    assert torch.equal(logits(model, input_ids=tokens()), before)
+    apply_focus(model, STILL)
+    assert not torch.equal(logits(model, input_ids=tokens()), before)
 
 
 def test_refusals() -> None:
     model = TINY["bert"].build()
     before = logits(model, input_ids=tokens())
-    with pytest.raises(FocusConfigError, match=r"`rotate_global` got False; accepted: True: `bert.*BertSelfAttention"):
+    message = r"`global_rotation` got 0; accepted: 1.0: `bert.*BertSelfAttention.* `modules` chooses"
+    with pytest.raises(FocusConfigError, match=message):
         apply_focus(model, STILL)
     assert torch.equal(logits(model, input_ids=tokens()), before)
-    with pytest.raises(FocusConfigError, match=r"`rotate_global` got False; accepted: True: an adapter leaves"):
+    with pytest.raises(FocusConfigError, match=r"`global_rotation` got 0; accepted: 1.0: an adapter leaves"):
         FocusAdapterConfig(focus_config=STILL)
-    with pytest.raises(FocusConfigError, match="`rotate_global` got 1"):
-        FocusConfig(rotate_global=1)
+    vision = apply_focus(small_dinov3(), STILL)
+    with pytest.raises(FocusConfigError, match=r"`global_rotation` got 0; accepted: 1.0 for DINOv3ViTAttention"):
+        vision(torch.randn(1, 3, 16, 16))

@@ -82,6 +82,7 @@ def test_two_stages_through_the_public_api(tmp_path: Path) -> None:
 BAD = {
     "no limit": ({"focus": FocusConfig()}, "max_dist"),
     "a penalty": ({"focus": FocusConfig(max_dist=5, span_penalty=0.1)}, "span_penalty"),
+    "a base that rotates less": ({"focus": FocusConfig(max_dist=5, global_rotation=0.5)}, "global_rotation"),
     "base not frozen": ({"model_args": {}}, "freeze_base"),
     "checkpointing": ({"model_args": {"freeze_base": True, "gradient_checkpointing": True}}, "gradient_checkpointing"),
     "compiled": ({"torch_compile": True}, "torch_compile"),
