@@ -121,8 +121,9 @@ GROUPS: dict[str, Group] = {
                " count. On longer texts rotary positions decide. One pass that has them in its global branch answered"
                " 100% at distances that it was trained at, 47% at 64 to 127, and 8% and 3% beyond, on a seed that does"
                " not count. Sharper attention changed nothing, nor did fillers that are no key; without the rotation"
-               " of its second layer, once trained, it answered 48% and 18% there. So the global branch has none"
-               " here, and full attention without any in its last layer stands beside it."),
+               " of its second layer, once trained, it answered 48% and 18% there. So the global branch keeps the"
+               " quarter of its pairs that turns fastest, each within the length of training; beside it stand all of"
+               " them, none, and full attention without any in its last layer."),
         _tuned("passkey", 1, "Passkey, trained at L = 64", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8))), variants=FAR_BASELINES, batch=32,
                steps=1000),
