@@ -23,7 +23,7 @@ DEPTHS = (
 )
 BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 # Where what is looked for may be farther away than in training
-FAR_BASELINES = ("focus", "plain", "plain, last unrotated", *BASELINES[2:])
+FAR_BASELINES = ("focus", "plain", "plain, quarter rotated", "plain, last unrotated", *BASELINES[2:])
 # Where two sides are seen, or one number a key: what the local branch's parts add
 PARTS = ("focus", "plain", "hybrid", "log-n", "refiner", "static span")
 # What each part adds, where a model is small and quickly solved; and the parts that matter most, where it is not

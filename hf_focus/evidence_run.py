@@ -33,7 +33,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 # What rows had that were made before it could be chosen
-EARLIER = {"qk_norm": False, "last_unrotated": False}
+EARLIER = {"qk_norm": False, "last_unrotated": False, "rotated": 1.0}
 EARLIER_FOCUS = {**FocusConfig().to_dict(), **EARLIER_SETTINGS}
 
 

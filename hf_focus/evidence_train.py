@@ -68,7 +68,7 @@ class Row:
         values["rounds"] = variant.rounds
         values["frozen"] = list(variant.frozen)
         values["qk_norm"] = variant.qk_norm
-        values["last_unrotated"] = variant.last_unrotated
+        values["last_unrotated"], values["rotated"] = variant.last_unrotated, variant.rotated
         values["focus_rate"] = variant.focus_rate
         values["tied"] = not task.encoder
         return values

@@ -41,6 +41,7 @@ class Variant:
         more_layers: besides those of the row.
         qk_norm: the model's own attention normalises queries and keys (a Qwen3 and not a Llama).
         last_unrotated: the last layer has no rotary positions (a SmolLM3 and not a Llama).
+        rotated: share of the pairs of features that rotate, those that turn fastest (p-RoPE, 2410.06205).
         rounds: how often a token goes through the layers, with the same weights (Universal Transformer, 1807.03819).
         matched: parameters as many as those of `REFERENCE` (the MLP is widened or narrowed). A deeper baseline is
             not: it may have more.
@@ -56,6 +57,7 @@ class Variant:
     more_layers: int = 0
     qk_norm: bool = False
     last_unrotated: bool = False
+    rotated: float = 1.0
     rounds: int = 1
     matched: bool = True
     frozen: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ VARIANTS: dict[str, Variant] = {
     "plain": Variant("full attention"),
     "plain, normalized": Variant("full attention, queries and keys normalised", qk_norm=True),
     "plain, last unrotated": Variant("full attention, the last layer without positions", last_unrotated=True),
+    "plain, quarter rotated": Variant("full attention with a quarter of the positions", rotated=0.25),
     "plain +1": Variant("full attention, one more layer", more_layers=1, matched=False),
     "plain +2": Variant("full attention, two more layers", more_layers=2, matched=False),
     "plain, 4 rounds": Variant("full attention, four times through the layer", rounds=4),
@@ -285,6 +288,8 @@ def _make(task: Task, settings: Mapping[str, Any], variant: Variant, sizes: Size
             )
         else:
             model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
+            frequency = model.model.rotary_emb.inv_freq
+            frequency[round(variant.rotated * len(frequency)) :] = 0
         if variant.rounds > 1:
             model.model.layers = nn.ModuleList([*model.model.layers] * variant.rounds)
             model.config.num_hidden_layers = len(model.model.layers)
