@@ -84,6 +84,22 @@ def test_unknown_variants_and_groups_are_refused() -> None:
     assert find_groups(["all", "recall"], QUICK) == list(QUICK.values())
 
 
+def test_baselines_differ_from_the_plain_model_in_their_positions_alone() -> None:
+    task = find_task("recall")
+    names = ("plain", "plain, quarter rotated", "plain, last unrotated")
+    models = [build(task, task.settings, name, Sizes(layers=2), 0).eval() for name in names]
+    ids = torch.randint(0, 64, (2, 20))
+    answers = [model(ids).logits for model in models]
+    still = [model(ids, position_ids=torch.zeros(1, 20, dtype=torch.long)).logits for model in models]
+    for model, answer, without in zip(models[1:], answers[1:], still[1:], strict=True):
+        first, other = models[0].state_dict(), model.state_dict()
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+        assert torch.equal(without, still[0])
+        assert not torch.equal(answer, answers[0])
+    assert not torch.equal(answers[1], answers[2])
+
+
 def test_log_n_scales_the_logits() -> None:
     from hf_focus.evidence_attention import NEUTRAL_KEYS
 
