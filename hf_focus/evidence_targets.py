@@ -236,6 +236,8 @@ TARGETS: tuple[Target, ...] = (
            Keeps("focus", "plain", entropy_on("256", "local"), entropy_on("16", "local"), 0.9, 1.1)),
     Target(2, "A single needle: all right at 16 times the length of that at the length, %", "at least 90% kept",
            "needle", Keeps("focus", "plain", exact_on("16 L"), EXACT, 0.9)),
+    Target(2, "… entropy / log n there of that at the length", "within 10%", "needle",
+           Keeps("focus", "plain", entropy_on("16 L"), entropy_on("train"), 0.9, 1.1)),
     Target(3, "Listed names: boundary errors a span", "at most ½", "entity-spans",
            RatioAtMost("focus", "plain", BOUNDARIES, 0.5)),
     Target(3, "Strings and comments in real text: boundary errors a span", "at most ½", "source-spans",
