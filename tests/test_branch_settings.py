@@ -64,6 +64,7 @@ ELSEWHERE = {
     "backend": "test_backends_agree",
     "feedback_through": "test_projections.py",
     "rotate_feedback": "test_rotary.py",
+    "global_rotation": "test_global_positions.py",
     "layers": "test_architectures.py",
     "modules": "test_patching.py",
     "local_start": "test_local_start",
