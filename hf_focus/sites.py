@@ -147,12 +147,13 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
         FocusConfigError: settings that this model cannot have.
         UnsupportedArchitectureError: see `find_sites`; or layers that rotate in another way than `architecture` says.
     """
-    sites = _within(find_sites(model, architecture), config.modules, model)
+    existing = find_sites(model, architecture)
+    sites = _within(existing, config.modules, model)
     if config.layers is not None:
-        existing = sorted({site.layer for site in sites})
-        missing = [layer for layer in config.layers if layer not in existing]
+        layers = sorted({site.layer for site in sites})
+        missing = [layer for layer in config.layers if layer not in layers]
         if missing:
-            accepted = f"layers of {type(model).__name__}: {', '.join(map(str, existing))}; {missing} do not exist"
+            accepted = f"layers of {type(model).__name__}: {', '.join(map(str, layers))}; {missing} do not exist"
             raise NoMatchingLayerError(bad_value("layers", config.layers, accepted))
         sites = [site for site in sites if site.layer in config.layers]
     causal = [site.path for site in sites if site.is_causal]
@@ -166,7 +167,7 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
         return sites
     sites = [_with_rotation(site, architecture) for site in sites]
     if config.global_rotation < 1:
-        _check_shared_keys(sites, config)
+        _check_shared_keys(sites, existing, config)
         sites = [_rotating_less(site, config.global_rotation) for site in sites]
     return sites
 
@@ -187,11 +188,14 @@ def _rotating_less(site: Site, share: float) -> Site:
     return replace(site, rotation_hook=None if hook is None else replace(hook, share=share))
 
 
-def _check_shared_keys(sites: list[Site], config: FocusConfig) -> None:
-    shared = any(getattr(getattr(site.module, "config", None), "num_kv_shared_layers", 0) for site in sites)
-    if config.layers is not None and shared:
-        accepted = f"1.0, or all layers and not {config.layers}: layers of this model share keys"
-        raise FocusConfigError(bad_value("global_rotation", config.global_rotation, accepted))
+def _check_shared_keys(sites: list[Site], existing: list[Site], config: FocusConfig) -> None:
+    """Refuse layers that would read keys which a layer with another rotation keeps."""
+    chosen, configs = {site.path for site in sites}, {id(getattr(site.module, "config", None)) for site in sites}
+    for site in existing:
+        of_site = getattr(site.module, "config", None)
+        if getattr(of_site, "num_kv_shared_layers", 0) and id(of_site) in configs and site.path not in chosen:
+            accepted = f"1.0, or all layers of a model whose layers share keys: `{site.path}` is left out"
+            raise FocusConfigError(bad_value("global_rotation", config.global_rotation, accepted))
 
 
 def _with_rotation(site: Site, architecture: Architecture) -> Site:

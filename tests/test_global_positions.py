@@ -190,19 +190,15 @@ def small_dinov3() -> DINOv3ViTModel:
 
 def test_layers_that_share_keys_are_patched_together() -> None:
     shared = {**TINY["llama"].sizes, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8}
-    sizes = {
-        "vocab_size_per_layer_input": 99,
-        "hidden_size_per_layer_input": 8,
-        "laurel_rank": 4,
-        "altup_num_inputs": 2,
-    }
-    config = Gemma3nTextConfig(**shared, **sizes, sliding_window=6, activation_sparsity_pattern=None)
+    small = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    config = Gemma3nTextConfig(
+        **shared, **small, altup_num_inputs=2, sliding_window=6, activation_sparsity_pattern=None
+    )
     model = Gemma3nForCausalLM(config).eval()
     before = logits(model, input_ids=tokens())
-    with pytest.raises(
-        FocusConfigError, match=r"`global_rotation` got 0; accepted: 1.0, or all layers and not \[0, 1\]"
-    ):
-        apply_focus(model, FocusConfig.build(STILL, layers=[0, 1]))
+    for part in ({"layers": [0, 1]}, {"modules": r"layers\.[0-2]"}):
+        with pytest.raises(FocusConfigError, match="`global_rotation` got 0; accepted: 1.0, or all layers of a model"):
+            apply_focus(model, FocusConfig.build(STILL, **part))
     assert torch.equal(logits(model, input_ids=tokens()), before)
     apply_focus(model, STILL)
     assert not torch.equal(logits(model, input_ids=tokens()), before)
