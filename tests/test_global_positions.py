@@ -197,7 +197,9 @@ def test_layers_that_share_keys_are_patched_together() -> None:
     model = Gemma3nForCausalLM(config).eval()
     before = logits(model, input_ids=tokens())
     for part in ({"layers": [0, 1]}, {"modules": r"layers\.[0-2]"}):
-        with pytest.raises(FocusConfigError, match="`global_rotation` got 0; accepted: 1.0, or all layers of a model"):
+        with pytest.raises(
+            FocusConfigError, match=r"`global_rotation` got 0; accepted: 1.0, or all layers of a model"
+        ):
             apply_focus(model, FocusConfig.build(STILL, **part))
     assert torch.equal(logits(model, input_ids=tokens()), before)
     apply_focus(model, STILL)
