@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from bare import Bare
-from tiny import TINY, logits, make_inputs, patched
+from tiny import SETTINGS, TINY, logits, make_inputs, patched
 
 import hf_focus
+from hf_focus import FocusConfig
 from hf_focus.errors import FocusCheckpointError
 
 LIBRARY = Path(hf_focus.__file__).parent
@@ -65,8 +66,8 @@ transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
 
 
-def save(name: str, folder: Path) -> Path:
-    model, inputs = patched(name), make_inputs(name)
+def save(name: str, folder: Path, **settings: float) -> Path:
+    model, inputs = patched(name, FocusConfig.build(SETTINGS, **settings)), make_inputs(name)
     model.save_pretrained(folder)
     torch.save((type(model)._auto_class, inputs, logits(model, **inputs)), folder / "expected.pt")
     return folder
@@ -82,9 +83,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_architectures_load_without_hf_focus(names: tuple[str, ...], tmp_path: Path, bare: Bare) -> None:
     folders = [save(name, tmp_path / name) for name in names]
+    folders.append(save("llama", tmp_path / "rotating_less", global_rotation=0.5))
     done = bare.run(WITHOUT + LOAD_ALL, *folders)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == len(names)
+    assert len(done.stdout.split()) == len(folders)
     assert all(name.startswith("Focus") for name in done.stdout.split())
 
 
