@@ -71,11 +71,10 @@ def rotate_slow_pairs(
     size = values.shape[-1]
     frequency = BASE ** -(torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     angle = torch.arange(key.shape[2], device=device)[:, None] * frequency
-    both = torch.stack([angle.cos(), angle.sin()])
-    both = both.repeat(1, 1, 2) if layout == "halves" else both.repeat_interleave(2, dim=-1)
+    angle = angle.repeat(1, 2) if layout == "halves" else angle.repeat_interleave(2, dim=-1)
     still = still_pairs(size, share, layout, device)
-    none = torch.tensor([1.0, 0.0], device=device)[:, None, None]
-    of_keys = torch.where(still, both, none)[:, None]
+    angle = angle.masked_fill(~still, 0.0)
+    of_keys = torch.stack([angle.cos(), angle.sin()])[:, None]
     of_queries = of_keys[:, :, offset : offset + query.shape[2]]
     made = Rotation(*torch.where(still, of_queries.to(values.dtype), values), layout)
     return rotate(query, of_queries, layout), rotate(key, of_keys, layout), made
