@@ -56,20 +56,19 @@ def check_objective(train_args: TrainArguments, args: ModelArguments, focus: Foc
     if train_args.objective != "match":
         return
     carried = getattr(source.config, "focus_config", None)
-    settings = focus.to_dict() if carried is None else carried
+    settings = focus if carried is None else FocusConfig.from_dict(dict(carried))
     if not args.freeze_base:
         accepted = "True with the objective match: the base is what is matched"
         raise FocusConfigError(bad_value("freeze_base", False, accepted))
-    if settings["max_dist"] is None:
+    if settings.max_dist is None:
         accepted = "a number with the objective match: without a limit there is nothing to match"
         raise FocusConfigError(bad_value("max_dist", None, accepted))
-    # Saved before there was a choice, all of it
-    if settings.get("global_rotation", 1.0) < 1:
+    if settings.global_rotation < 1:
         accepted = "1.0 with the objective match: the base without its rotation is no teacher"
-        raise FocusConfigError(bad_value("global_rotation", settings["global_rotation"], accepted))
-    if settings["span_penalty"]:
+        raise FocusConfigError(bad_value("global_rotation", settings.global_rotation, accepted))
+    if settings.span_penalty:
         # It is added to the task's loss, which is not computed
-        raise FocusConfigError(bad_value("span_penalty", settings["span_penalty"], "0 with the objective match"))
+        raise FocusConfigError(bad_value("span_penalty", settings.span_penalty, "0 with the objective match"))
     if args.gradient_checkpointing:
         raise FocusConfigError(bad_value("gradient_checkpointing", True, "False with the objective match"))
     if train_args.torch_compile:

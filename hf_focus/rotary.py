@@ -38,19 +38,23 @@ class Rotation(NamedTuple):
         once = both if self.angles == "once" else both[..., : both.shape[-1] // 2]
         return torch.cat([once, once], dim=-1) if self.pairs == "halves" else once.repeat_interleave(2, dim=-1)
 
+    def fast(self, share: float) -> "Rotation":
+        """Of the first `share` of the pairs alone, which turn fastest: the others get angles of 0."""
+        return self._only(~self._slow_angles(share))
 
-def still_pairs(size: int, share: float, layout: str, device: torch.device) -> Tensor:
-    """Which of `size` features or angles are of the slow pairs that do not rotate, bool (size,): all pairs but the
-    first `share`.
+    def slow(self, share: float) -> "Rotation":
+        """Of all pairs but those of `fast`."""
+        return self._only(self._slow_angles(share))
 
-    Args:
-        layout: `"once"`: an angle a pair; else two, as `Rotation.pairs` says.
-    """
-    place = torch.arange(size, device=device)
-    if layout == "once":
-        return place >= round(share * size)
-    pairs = size // 2
-    return (place // 2 if layout == "neighbours" else place % pairs) >= round(share * pairs)
+    def _slow_angles(self, share: float) -> Tensor:
+        size = self.cos.shape[-1]
+        pairs = size if self.angles == "once" else size // 2
+        place = torch.arange(size, device=self.cos.device)
+        beside = self.angles == "each" and self.pairs == "neighbours"
+        return (place // 2 if beside else place % pairs) >= round(share * pairs)
+
+    def _only(self, kept: Tensor) -> "Rotation":
+        return self._replace(cos=self.cos.masked_fill(~kept, 1.0), sin=self.sin.masked_fill(~kept, 0.0))
 
 
 def rotate_slow_pairs(
@@ -67,17 +71,16 @@ def rotate_slow_pairs(
     Returns:
         Both, and the rotation of the queries that they have now.
     """
-    values, device, layout = rotation.values.to(query.device), query.device, rotation.pairs
-    size = values.shape[-1]
+    values, pairs = rotation.values.to(query.device), rotation.pairs
+    size, device = values.shape[-1], query.device
     frequency = BASE ** -(torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
-    angle = torch.arange(key.shape[2], device=device)[:, None] * frequency
-    angle = angle.repeat(1, 2) if layout == "halves" else angle.repeat_interleave(2, dim=-1)
-    still = still_pairs(size, share, layout, device)
-    angle = angle.masked_fill(~still, 0.0)
-    of_keys = torch.stack([angle.cos(), angle.sin()])[:, None]
+    angle = torch.arange(key.shape[2], device=device)[None, :, None] * frequency
+    of_keys = Rotation(angle.cos(), angle.sin(), pairs, "once").slow(share).values
     of_queries = of_keys[:, :, offset : offset + query.shape[2]]
-    made = Rotation(*torch.where(still, of_queries.to(values.dtype), values), layout)
-    return rotate(query, of_queries, layout), rotate(key, of_keys, layout), made
+    fast, (cos, sin) = Rotation(*values, pairs).fast(share), of_queries.to(values.dtype)
+    # No pair is in both
+    made = Rotation(fast.cos * cos, fast.sin + sin, pairs)
+    return rotate(query, of_queries, pairs), rotate(key, of_keys, pairs), made
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import FocusConfigError, bad_value
-from .rotary import Rotation, find_layout, still_pairs
+from .rotary import Rotation, find_layout
 
 KEYWORD = "focus_rotation"
 _ROTATES = "apply_rotary_pos_emb"
@@ -66,13 +66,11 @@ class RotationHook:
                 accepted = f"1.0 for {type(module).__name__}, which rotates by angles of another kind"
                 raise FocusConfigError(bad_value("global_rotation", self.share, accepted))
             return None
-        kwargs = {**kwargs, KEYWORD: Rotation(*given, self.pairs, self.angles)}
+        rotation = Rotation(*given, self.pairs, self.angles)
+        kwargs = {**kwargs, KEYWORD: rotation}
         if self.share == 1:
             return args, kwargs
-        cos, sin = given
-        layout = {"each": self.pairs, "twice": "halves", "once": "once"}[self.angles]
-        still = still_pairs(cos.shape[-1], self.share, layout, cos.device)
-        fast = (cos.masked_fill(still, 1.0), sin.masked_fill(still, 0.0))
+        fast = rotation.fast(self.share)[:2]
         if len(args) > self.place:
             return (*args[: self.place], fast, *args[self.place + 1 :]), kwargs
         return args, {**kwargs, "position_embeddings": fast}
