@@ -104,6 +104,10 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
         """As `FocusBranch.forward`, of the active branch."""
         return self.active_branch(*args, **kwargs)
 
+    def sharpen(self, query: Tensor, num_keys: Tensor) -> Tensor:
+        """As `FocusBranch.sharpen`, of the active branch."""
+        return self.active_branch.sharpen(query, num_keys)
+
     def get_base_layer(self) -> nn.Module:
         return self._attention[0]
 

@@ -59,6 +59,7 @@ _RULES = {
     "feedback_through": choice("features", "layer"),
     "rotate_feedback": BOOL,
     "global_rotation": _FRACTION,
+    "global_exponent_start": optional(number("a number", lambda value: True)),
     "anchored": BOOL,
     "mix_start": BETWEEN_ZERO_AND_ONE,
     "gain_start": number("a number above 0", lambda value: value > 0),
@@ -142,6 +143,11 @@ class FocusConfig:
             places among the keys, with base 10,000, whatever `position_ids` and YaRN's scale say. For models that
             are trained from scratch: the outputs of a pretrained one do not stay the same below 1. What is fed back is
             always rotated then, see `rotate_feedback`.
+        global_exponent_start: where the exponent starts by which the logits of the *global* branch grow with the
+            number n of keys that a query sees: a head's are multiplied by ((1 + log n) / (1 + log 16))^e, its own e
+            learned (scalable softmax, 2501.19399). None: they are not. At 0 a pretrained model stays as it was; at 1,
+            for models that are trained from scratch, attention is spread less among more keys than in training. Not
+            with `max_dist`, which bounds n, nor for attention off transformers' interface.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1
@@ -204,6 +210,7 @@ class FocusConfig:
     feedback_through: str = "features"
     rotate_feedback: bool = True
     global_rotation: float = 1.0
+    global_exponent_start: float | None = None
     anchored: bool = False
     mix_start: float = 0.5
     gain_start: float = 1.0
@@ -234,6 +241,9 @@ class FocusConfig:
             value = getattr(self, name)
             if not rule.holds(value):
                 raise FocusConfigError(bad_value(name, value, rule.accepted))
+        if self.global_exponent_start is not None and self.max_dist is not None:
+            accepted = "None with max_dist: the number of keys that the global branch sees does not grow there"
+            raise FocusConfigError(bad_value("global_exponent_start", self.global_exponent_start, accepted))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

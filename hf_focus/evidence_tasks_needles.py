@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from .evidence_spans import batch_span_counts
-from .evidence_types import FAR_AND_SHORT, IGNORED, SHORT_SPANS, Batch, Task
+from .evidence_types import AMONG_MORE, FAR_AND_SHORT, IGNORED, SHORT_SPANS, Batch, Task
 from .stdlib_text import is_held_out, stdlib_files
 
 # Kinds of tokens of Python source that are spans to find in real text
@@ -172,7 +172,7 @@ def _needles(name: str, title: str, **settings: int) -> Task:
         length=lambda length, **_: length,
         settings={**defaults, **settings},
         tests={f"{times} L": {"length": 64 * times} for times in (2, 4, 8, 16, 32)},
-        focus=lambda **_: FAR_AND_SHORT,
+        focus=lambda **_: {**FAR_AND_SHORT, **AMONG_MORE},
         spread=hidden == 1,
     )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator
 
-from .evidence_types import FAR_AND_SHORT, IGNORED, LONG_SPANS, Batch, Task
+from .evidence_types import AMONG_MORE, FAR_AND_SHORT, IGNORED, LONG_SPANS, Batch, Task
 
 
 def associative_recall(
@@ -116,7 +116,7 @@ TASKS = [
         length=lambda length, **_: length,
         settings={"length": 64, "digits": 5, "words": 24},
         tests=_longer(64),
-        focus=lambda **_: FAR_AND_SHORT,
+        focus=lambda **_: {**FAR_AND_SHORT, **AMONG_MORE},
     ),
     Task(
         name="max-retrieval",
@@ -129,7 +129,7 @@ TASKS = [
         settings={"items": 16, "vary": True, "levels": 64, "classes": 10},
         tests={str(n): {"items": n, "vary": False} for n in (16, 64, 256, 1024, 4096)},
         # As long as the longest test: a span that cannot reach the items could only lose
-        focus=lambda **_: {**LONG_SPANS, "max_span": 4097, "ramp": 32, "exponent_start": 1.25},
+        focus=lambda **_: {**LONG_SPANS, "max_span": 4097, "ramp": 32, "exponent_start": 1.25, **AMONG_MORE},
         ordered=False,
         spread=True,
     ),

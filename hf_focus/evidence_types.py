@@ -13,6 +13,8 @@ IGNORED = -100
 SHORT_SPANS = {"max_span": 16, "ramp": 2, "initial_span": 0.02}
 # And what is looked for beyond them may be farther away than in training
 FAR_AND_SHORT = {**SHORT_SPANS, "global_rotation": 0.25}
+# Or stand among many more tokens than in training
+AMONG_MORE = {"global_exponent_start": 1.0}
 # And where a layer has to look far from the first step: they begin as half of the longest
 LONG_SPANS = {"max_span": 64, "ramp": 16, "initial_span": 0.5}
 

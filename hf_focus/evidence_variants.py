@@ -150,7 +150,10 @@ VARIANTS: dict[str, Variant] = {
     "static span": _focus("no predictor: static learned span a head", frozen=_STATIC),
     "fixed span": _focus("no predictor: fixed longest span", initial_span=0.99, frozen=_FIXED),
     "seed temperature": _focus("temperature of the seed", temperature="seed"),
-    "exponent 0": _focus("… temperature starts independent of the number of keys", exponent_start=0.0),
+    "global flat": _focus("… global branch's logits do not grow with the keys", global_exponent_start=None),
+    "exponent 0": _focus(
+        "… nor do those of the local branch at the start", global_exponent_start=None, exponent_start=0.0
+    ),
     "fixed temperature": _focus("temperature fixed at 1", temperature="seed", temp_scale=0.0),
     # What may make it reliable
     "anchored": _focus("queries mixed with the first one, not the last", anchored=True),

@@ -13,7 +13,7 @@ from .call_checks import check_call
 from .discovery import eager_attention, interface_of
 from .errors import FocusConfigError, bad_value
 from .global_branch import Call, attend_globally, check_keys
-from .masks import find_query_offset
+from .masks import count_seen, find_query_offset
 from .matching import is_matching, note_distance
 from .model_masks import with_band_mask
 from .projections import layer_feedback
@@ -78,7 +78,11 @@ def _attend(
         with torch.no_grad():
             original, _ = attention(module, query, key, value, mask, **kwargs)
     if branch.config.max_dist is None:
-        output, weights = attention(module, query, key, value, attention_mask, **kwargs)
+        asking = query
+        if branch.config.global_exponent_start is not None:
+            seen = count_seen(attention_mask, length, num_keys, offset, is_causal, query.device)
+            asking = branch.sharpen(query, seen)
+        output, weights = attention(module, asking, key, value, attention_mask, **kwargs)
     else:
         call = Call(attention, module, query, key, value, attention_mask, is_causal, offset, kwargs)
         output, weights = attend_globally(call, branch.config, implementation)

@@ -126,6 +126,9 @@ class FocusA(nn.Module):
         if self.config.feedback_through != "features":
             accepted = "'features': here the features of a head are its query, and there is no projection between them"
             raise FocusConfigError(bad_value("feedback_through", self.config.feedback_through, accepted))
+        if self.config.global_exponent_start is not None:
+            accepted = "None: the global attention of this layer is as in the seed"
+            raise FocusConfigError(bad_value("global_exponent_start", self.config.global_exponent_start, accepted))
         self.is_causal = is_causal
         self.heads = heads
         self.ln_a = nn.LayerNorm(dims)

@@ -141,6 +141,23 @@ def count_visible(
     return torch.cat(counts, dim=-1).clamp_min(1)
 
 
+def count_seen(
+    attention_mask: Tensor | None,
+    length: int,
+    num_keys: int,
+    query_offset: int | Tensor,
+    is_causal: bool,
+    device: torch.device,
+) -> Tensor:
+    """How many keys each query sees at any distance: (B or 1, H or 1, T) int64, at least 1."""
+    if attention_mask is not None:
+        return is_visible(attention_mask).expand(-1, -1, length, num_keys).sum(dim=-1).clamp_min(1)
+    seen = torch.full((length,), num_keys, device=device)
+    if is_causal:
+        seen = torch.arange(1, length + 1, device=device) + query_offset
+    return seen[None, None]
+
+
 def own_key_visible(
     attention_mask: Tensor | BandMask | None, length: int, num_keys: int, query_offset: int, device: torch.device
 ) -> Tensor:

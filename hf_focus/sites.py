@@ -163,6 +163,10 @@ def plan(model: nn.Module, config: FocusConfig, architecture: Architecture) -> l
     if config.feedback_through == "layer" and config.max_iterations > 1:
         for site in sites:
             find_projections(site.module, site.num_heads, site.head_dim, site.value_head_dim)
+    routed = [site for site in sites if site.route is not None]
+    if routed and config.global_exponent_start is not None:
+        accepted = f"None: `{routed[0].path}` ({type(routed[0].module).__name__}) is not on transformers' interface"
+        raise FocusConfigError(bad_value("global_exponent_start", config.global_exponent_start, accepted))
     if not _reads_rotation(config):
         return sites
     sites = [_with_rotation(site, architecture) for site in sites]

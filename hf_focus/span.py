@@ -105,6 +105,16 @@ class AdaptiveSpan(nn.Module):
         return span, (-(constant + slope * scale + exponent * log_n)).exp()
 
 
+def log_sharpness(num_keys: Tensor, exponent: Tensor) -> Tensor:
+    """log of ((1 + log n) / (1 + log `NEUTRAL_KEYS`))^e: what logits of attention among n keys are multiplied by.
+
+    Args:
+        num_keys: n >= 1, no gradient.
+        exponent: e, floating point, broadcastable with `num_keys`.
+    """
+    return exponent * (num_keys.to(exponent.dtype).log().log1p() - math.log1p(math.log(NEUTRAL_KEYS)))
+
+
 def count_in_span(num_visible: Tensor, span: Tensor, is_causal: bool) -> Tensor:
     """Keys at full weight, at least 1, of the `num_visible` ones within reach: no gradient."""
     steps = span.detach().floor()

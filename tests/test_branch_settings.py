@@ -65,6 +65,7 @@ ELSEWHERE = {
     "feedback_through": "test_projections.py",
     "rotate_feedback": "test_rotary.py",
     "global_rotation": "test_global_positions.py",
+    "global_exponent_start": "test_global_exponent.py",
     "layers": "test_architectures.py",
     "modules": "test_patching.py",
     "local_start": "test_local_start",

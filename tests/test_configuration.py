@@ -40,6 +40,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "feedback_through": (["features", "layer"], ["query", "", None]),
     "rotate_feedback": FLAG,
     "global_rotation": FRACTION,
+    "global_exponent_start": ([None, 0, 1, -0.5], ["1", True, float("nan")]),
     "anchored": FLAG,
     "mix_start": ([0.1, 0.9], [0, 1, "0.5", None, True, float("nan")]),
     "gain_start": ([0.1, 1, 3], [0, -1, "1", None, True, float("inf")]),

@@ -1,0 +1,175 @@
+"""`global_exponent_start`: the global branch attends more sharply where there are more keys."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from tiny import LENGTH, PAD, SETTINGS, TINY, logits, make_inputs, patched, randomize, tokens
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    StaticCache,
+)
+from transformers.masking_utils import eager_mask
+
+from hf_focus import FocusA, FocusAdapterConfig, FocusConfig, apply_focus, remove_focus
+from hf_focus.errors import FocusConfigError
+from hf_focus.masks import count_seen
+
+SHARPER = FocusConfig.build(SETTINGS, global_exponent_start=1.25)
+# Plain scores: no cap, no bias, and no other sequence that is attended to
+NAMES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "bert", "modernbert", "vit", "wav2vec2")
+
+
+def sharper(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention whose logits are multiplied by ((1 + log n) / (1 + log 16))^1.25, n counted a query at a time."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    mask = torch.zeros_like(scores) if mask is None else mask.expand_as(scores)
+    for row in range(scores.shape[0]):
+        for place in range(scores.shape[2]):
+            seen = sum(value == 0 for value in mask[row, 0, place].tolist())
+            scores[row, :, place] *= ((1 + math.log(max(seen, 1))) / (1 + math.log(16))) ** 1.25
+    return ((scores + mask).softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("sharper", sharper)
+AttentionMaskInterface.register("sharper", eager_mask)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("implementation", "atol"), [("sdpa", 1e-9), ("eager", 1e-5)], ids=["sdpa", "eager"])
+def test_logits_grow_with_the_keys(name: str, implementation: str, atol: float) -> None:
+    """Eager attention has its softmax in float32."""
+    model, inputs = TINY[name].build(initializer_range=0.2).double(), make_inputs(name)
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    original = logits(model, **inputs)
+    model.set_attn_implementation("sharper")
+    expected = logits(model, **inputs)
+    model.set_attn_implementation(implementation)
+    # The local branch is silent yet: what is left is the global one
+    found = logits(apply_focus(model, SHARPER), **inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    assert (found - original).abs().max() > 1e-4
+    torch.testing.assert_close(logits(remove_focus(model), **inputs), original, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_start_at_zero_changes_nothing_and_learns(name: str) -> None:
+    model, inputs = TINY[name].build(), make_inputs(name)
+    before = logits(model, **inputs)
+    apply_focus(model, FocusConfig.build(SETTINGS, global_exponent_start=0))
+    assert torch.equal(logits(model, **inputs), before)
+    model.train()(**inputs).logits.square().mean().backward()
+    exponents = [p for path, p in model.named_parameters() if path.endswith("global_exponent")]
+    assert exponents
+    assert all(exponent.grad.abs().min() > 0 for exponent in exponents)
+
+
+@given(
+    length=st.integers(1, 9),
+    past=st.integers(0, 9),
+    empty=st.integers(0, 5),
+    is_causal=st.booleans(),
+    kind=st.sampled_from(["none", "bool", "additive", "row"]),
+    seed=st.integers(0, 1000),
+)
+def test_count_seen(length: int, past: int, empty: int, is_causal: bool, kind: str, seed: int) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    if kind == "none":
+        # The mask is left out where the queries come last, or first, or see everything
+        empty = empty if not past else 0
+        past, empty = (past, empty) if is_causal else (0, 0)
+    num_keys = past + length + empty
+    visible = torch.rand(2, 1, 1 if kind == "row" else length, num_keys, generator=noise) < 0.6
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9) if kind == "additive" else visible
+    counts = count_seen(None if kind == "none" else mask, length, num_keys, past, is_causal, torch.device("cpu"))
+    assert counts.dtype == torch.int64
+    for b in range(2):
+        for t in range(length):
+            if kind == "none":
+                expected = past + t + 1 if is_causal else num_keys
+            else:
+                expected = max(visible.expand(-1, -1, length, -1)[b, 0, t].sum().item(), 1)
+            assert counts.expand(2, 1, length)[b, 0, t] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_decoding_equals_one_pass(name: str, cache: str) -> None:
+    model, ids = patched(name, SHARPER, initializer_range=0.2).double(), tokens()
+    everything = torch.ones_like(ids)
+    expected = logits(model, input_ids=ids, attention_mask=everything)
+    past = StaticCache(config=model.config, max_cache_len=LENGTH + 3) if cache == "static" else None
+    steps = []
+    with torch.no_grad():
+        # Several at once, and one by one
+        for start, end in ((0, 5), (5, 9), *((place, place + 1) for place in range(9, LENGTH))):
+            step = model(ids[:, start:end], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            steps.append(step.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_padding_and_packing_do_not_count() -> None:
+    model, ids = patched("llama", SHARPER, initializer_range=0.2).double(), tokens()
+    expected = logits(model, input_ids=ids)
+    padded = torch.cat([torch.full((2, 6), PAD), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    found = logits(model, input_ids=padded, attention_mask=mask, position_ids=positions)[:, 6:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    both = torch.cat([ids[:1], ids[1:]], dim=1)
+    packed = logits(model, input_ids=both, position_ids=torch.arange(LENGTH).repeat(2)[None], use_cache=False)
+    torch.testing.assert_close(packed.view_as(expected), expected, rtol=0, atol=1e-6)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model, ids = patched("llama", SHARPER), tokens()
+    assert model.model.layers[0].self_attn.focus.global_exponent.shape == (4,)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.focus_config["global_exponent_start"] == 1.25
+    assert torch.equal(logits(loaded, input_ids=ids), logits(model, input_ids=ids))
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    model, ids = patched("llama", SHARPER, num_hidden_layers=1), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, input_ids=ids), logits(model, input_ids=ids), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_has_it_too() -> None:
+    ids, base = tokens(), TINY["llama"].build(initializer_range=0.2)
+    before = logits(base, input_ids=ids)
+    adapted = randomize(get_peft_model(base, FocusAdapterConfig(focus_config=SHARPER))).eval()
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, input_ids=ids), before)
+    assert (logits(adapted, input_ids=ids) - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), input_ids=ids), logits(adapted, input_ids=ids))
+
+
+def test_refusals() -> None:
+    with pytest.raises(FocusConfigError, match="`global_exponent_start` got 1; accepted: None with max_dist"):
+        FocusConfig(global_exponent_start=1, max_dist=64)
+    with pytest.raises(FocusConfigError, match="`global_exponent_start` got 1; accepted: None: the global attention"):
+        FocusA(32, 4, global_exponent_start=1)
+    model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)).eval()
+    before = logits(model, input_ids=tokens())
+    message = "`global_exponent_start` got 1.25; accepted: None: `transformer.*BloomAttention.* interface"
+    with pytest.raises(FocusConfigError, match=message):
+        apply_focus(model, SHARPER)
+    assert torch.equal(logits(model, input_ids=tokens()), before)
