@@ -12,6 +12,7 @@ from .configuration import FocusConfig
 from .errors import FocusConfigError, FocusError, bad_value
 from .interface import focus_name
 from .rotation_hooks import RotationHook, hand_on_rotation, stop_handing_on
+from .span import GlobalTemperature
 
 
 class AttentionConfig:
@@ -100,13 +101,13 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
     def value_head_dim(self) -> int:
         return self.active_branch.value_head_dim
 
+    @property
+    def global_temperature(self) -> GlobalTemperature | None:
+        return self.active_branch.global_temperature
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `FocusBranch.forward`, of the active branch."""
         return self.active_branch(*args, **kwargs)
-
-    def sharpen(self, query: Tensor, num_keys: Tensor) -> Tensor:
-        """As `FocusBranch.sharpen`, of the active branch."""
-        return self.active_branch.sharpen(query, num_keys)
 
     def get_base_layer(self) -> nn.Module:
         return self._attention[0]

@@ -22,7 +22,7 @@ from .problem import without_autocast
 from .refiner import Refiner
 from .rewards import saved_loss, weighed
 from .rotary import Rotation, rotate_slow_pairs
-from .span import AdaptiveSpan, Predictor, count_in_span, log_sharpness
+from .span import AdaptiveSpan, GlobalTemperature, Predictor, count_in_span
 
 
 class FocusBranch(nn.Module):
@@ -58,6 +58,8 @@ class FocusBranch(nn.Module):
             if config.refiner
             else None
         )
+        start = config.global_exponent_start
+        self.global_temperature = None if start is None else GlobalTemperature(num_heads, start)
         # What a single iteration never uses would be a parameter without a gradient
         iterates = config.max_iterations > 1
         normalized = iterates and config.feedback == "normalized"
@@ -69,7 +71,6 @@ class FocusBranch(nn.Module):
         self.readout_bias = _parameter(mixture, num_heads, config.max_iterations)
         both = mixture and config.readout_from == "both"
         self.readout_global_weight = _parameter(both, num_heads, value_head_dim, config.max_iterations)
-        self.global_exponent = _parameter(config.global_exponent_start is not None, num_heads)
         dense = config.combine == "projection"
         shape = (2 * dims, dims) if dense else (num_heads, 2 * value_head_dim, value_head_dim)
         self.join = _parameter(join, *shape)
@@ -79,7 +80,7 @@ class FocusBranch(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set every parameter and buffer to its start; those that were loaded from a checkpoint are left alone."""
-        for part in (self.predictor, self.span, self.refiner):
+        for part in (self.predictor, self.span, self.refiner, self.global_temperature):
             if part is not None:
                 part.reset_parameters()
         readout = (self.readout_weight, self.readout_global_weight)
@@ -89,8 +90,6 @@ class FocusBranch(nn.Module):
         if self.mix is not None:
             init.constant_(self.mix, math.log(self.config.mix_start / (1 - self.config.mix_start)))
             init.constant_(self.log_gain, math.log(self.config.gain_start))
-        if self.global_exponent is not None:
-            init.constant_(self.global_exponent, self.config.global_exponent_start)
         if self.join is not None:
             rows, columns = self.join.shape[-2:]
             init.copy_(self.join, (self.config.local_start * torch.eye(rows, columns)).expand(self.join.shape))
@@ -98,17 +97,6 @@ class FocusBranch(nn.Module):
             start = torch.zeros(self.readout_bias.shape)
             start[:, 0] = self.config.readout_bias
             init.copy_(self.readout_bias, start)
-
-    def sharpen(self, query: Tensor, num_keys: Tensor) -> Tensor:
-        """The query (B, H, T, D) of the global branch, longer where it sees more keys.
-
-        Args:
-            num_keys: that each query sees, (B or 1, H or 1, T), see `masks.count_seen`.
-        """
-        if self.global_exponent is None:
-            return query
-        factor = log_sharpness(num_keys, _wide(self.global_exponent)[:, None]).exp()
-        return query * factor[..., None].to(query.dtype)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, global_output: Tensor, *args: Any, **kwargs: Any

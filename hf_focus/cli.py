@@ -97,8 +97,9 @@ def _convert(args: argparse.Namespace, change: Callable[[Any], Any]) -> Any:
 def patch(argv: Sequence[str]) -> None:
     """Add FocusA to the self-attention of MODEL and write the result to OUT.
 
-    The new model computes exactly what MODEL does until it is trained. Weights keep their dtype; tokenizer, processor
-    and generation settings are copied. Every setting of FocusA is a flag.
+    The new model computes exactly what MODEL does until it is trained, but with settings for models that are trained
+    from scratch (--local-start, --global-exponent-start, --global-rotation). Weights keep their dtype; tokenizer,
+    processor and generation settings are copied. Every setting of FocusA is a flag.
 
         hf-focus patch Qwen/Qwen3-0.6B qwen3-focus --max-span 128 --layers 0 1 2 3
         hf-focus patch google-bert/bert-base-uncased bert-focus --auto-class AutoModelForMaskedLM

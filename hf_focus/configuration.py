@@ -144,10 +144,11 @@ class FocusConfig:
             are trained from scratch: the outputs of a pretrained one do not stay the same below 1. What is fed back is
             always rotated then, see `rotate_feedback`.
         global_exponent_start: where the exponent starts by which the logits of the *global* branch grow with the
-            number n of keys that a query sees: a head's are multiplied by ((1 + log n) / (1 + log 16))^e, its own e
-            learned (scalable softmax, 2501.19399). None: they are not. At 0 a pretrained model stays as it was; at 1,
-            for models that are trained from scratch, attention is spread less among more keys than in training. Not
-            with `max_dist`, which bounds n, nor for attention off transformers' interface.
+            number n of keys that a query may see: a head's products of queries and keys are multiplied by
+            ((1 + log n) / (1 + log 16))^e, its own e learned (scalable softmax, 2501.19399); position biases, sinks
+            and caps are not. None: no such factor. At 0 a pretrained model stays as it was; at 1, for models that are
+            trained from scratch, attention is spread less among more keys than in training. Not with `max_dist`, which
+            bounds n, nor for attention off transformers' interface.
         anchored: mix with the first query instead of the last one, so that the iteration has a fixed point.
         mix_start: with `"normalized"`: share of the fed-back output in the next query before training.
         gain_start: with `"normalized"`: size of the next queries, as a multiple of the first, before training. Below 1

@@ -25,7 +25,7 @@ BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 # Where what is looked for may be farther away than in training
 FAR_BASELINES = ("focus", "plain", "plain, quarter rotated", "plain, last unrotated", *BASELINES[2:])
 # And among more tokens
-AMONG_MORE_BASELINES = ("focus", "global flat", *FAR_BASELINES[1:])
+AMONG_MORE_VARIANTS = ("focus", "global flat", *FAR_BASELINES[1:])
 # Where two sides are seen, or one number a key: what the local branch's parts add
 PARTS = ("focus", "plain", "hybrid", "log-n", "refiner", "static span")
 # What each part adds, where a model is small and quickly solved; and the parts that matter most, where it is not
@@ -130,7 +130,7 @@ GROUPS: dict[str, Group] = {
                " quarter of its pairs that turns fastest, each within the length of training; beside it stand all of"
                " them, none, and full attention without any in its last layer."),
         _tuned("passkey", 1, "Passkey, trained at L = 64", "passkey",
-               (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8))), variants=AMONG_MORE_BASELINES,
+               (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8))), variants=AMONG_MORE_VARIANTS,
                batch=32, steps=1000),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
                (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n), branch)
@@ -142,7 +142,7 @@ GROUPS: dict[str, Group] = {
         *(
             _tuned(name.replace(" ", "-"), 2 if name == "needle" else 3, f"Needles: {title}", name,
                    (EXACT, STEPS, *_LENGTHS, *(_NEEDLE_SPREAD if name == "needle" else ())),
-                   variants=AMONG_MORE_BASELINES, batch=32, steps=1000)
+                   variants=AMONG_MORE_VARIANTS, batch=32, steps=1000)
             for name, title in _NEEDLES.items()
         ),
         _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),

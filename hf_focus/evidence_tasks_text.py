@@ -104,6 +104,7 @@ TASKS = [
         settings={"length": 256, **_SETTINGS},
         tests={"held out": _HELD_OUT, "held out, 4 L": {**_HELD_OUT, "length": 1024}},
         focus=lambda **_: {"max_span": 64},
+        spread=True,
         bytes_per_label=1.0,
     ),
     Task(

@@ -193,7 +193,9 @@ def focus_settings(task: Task, settings: Mapping[str, Any], variant: Variant) ->
     """Every setting of FocusA that a variant has on a task; None without FocusA."""
     if variant.focus is None:
         return None
-    near = {} if variant.near is None else {"max_dist": max(1, round(variant.near * task.length(**settings)))}
+    near = {}
+    if variant.near is not None:
+        near = {"max_dist": max(1, round(variant.near * task.length(**settings))), "global_exponent_start": None}
     # An encoder's output projection is in another module
     through = {"feedback_through": "features"} if task.encoder else {}
     return FocusConfig.build({**variant.start, **task.focus(**settings), **near, **variant.focus, **through}).to_dict()

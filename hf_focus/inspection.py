@@ -74,7 +74,8 @@ class LayerMeasures:
 @dataclass(frozen=True)
 class LayerReport:
     """One attention layer with FocusA. join_size: root mean square of the join's weights; 0: the layer's output is
-    still the model's own. measures: None where no text reached the layer."""
+    that of the global branch, the model's own but for settings that change it. measures: None where no text reached
+    the layer."""
 
     name: str
     heads: int

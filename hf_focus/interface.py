@@ -13,7 +13,7 @@ from .call_checks import check_call
 from .discovery import eager_attention, interface_of
 from .errors import FocusConfigError, bad_value
 from .global_branch import Call, attend_globally, check_keys
-from .masks import count_seen, find_query_offset
+from .masks import count_all_visible, find_query_offset
 from .matching import is_matching, note_distance
 from .model_masks import with_band_mask
 from .projections import layer_feedback
@@ -79,9 +79,10 @@ def _attend(
             original, _ = attention(module, query, key, value, mask, **kwargs)
     if branch.config.max_dist is None:
         asking = query
-        if branch.config.global_exponent_start is not None:
-            seen = count_seen(attention_mask, length, num_keys, offset, is_causal, query.device)
-            asking = branch.sharpen(query, seen)
+        if branch.global_temperature is not None:
+            hides = implementation == "sdpa" and _sdpa_is_causal(module, kwargs.get("is_causal"), length)
+            seen = count_all_visible(attention_mask, length, num_keys, hides, query.device)
+            asking = branch.global_temperature(query, seen)
         output, weights = attention(module, asking, key, value, attention_mask, **kwargs)
     else:
         call = Call(attention, module, query, key, value, attention_mask, is_causal, offset, kwargs)
@@ -117,6 +118,11 @@ def _is_causal(module: nn.Module, branch: nn.Module, implementation: str, given:
     # where its mask or the cache does the work
     said = getattr(module, "is_causal", implementation != "eager") if given is None else given
     return bool(said or getattr(module, "is_causal", False) or (masked and getattr(module, "is_decoder", False)))
+
+
+def _sdpa_is_causal(module: nn.Module, given: bool | None, length: int) -> bool:
+    """What transformers' sdpa attention makes of a missing mask."""
+    return length > 1 and (getattr(module, "is_causal", True) if given is None else given)
 
 
 def register_interface() -> None:

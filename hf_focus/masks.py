@@ -141,21 +141,22 @@ def count_visible(
     return torch.cat(counts, dim=-1).clamp_min(1)
 
 
-def count_seen(
-    attention_mask: Tensor | None,
-    length: int,
-    num_keys: int,
-    query_offset: int | Tensor,
-    is_causal: bool,
-    device: torch.device,
+def count_all_visible(
+    attention_mask: Tensor | None, length: int, num_keys: int, is_causal: bool, device: torch.device
 ) -> Tensor:
-    """How many keys each query sees at any distance: (B or 1, H or 1, T) int64, at least 1."""
+    """How many keys each query may see at any distance: (B or 1, H or 1, T), int32 or int64, at least 1.
+
+    Args:
+        attention_mask: (B or 1, H or 1, T or 1, S or 1), bool or additive, or None.
+        is_causal: what no mask means: the first queries see the first keys up to their own place, else all see all.
+    """
     if attention_mask is not None:
-        return is_visible(attention_mask).expand(-1, -1, length, num_keys).sum(dim=-1).clamp_min(1)
-    seen = torch.full((length,), num_keys, device=device)
+        repeats = num_keys // attention_mask.shape[3]
+        counts = repeats * is_visible(attention_mask).sum(dim=-1, dtype=torch.int32)
+        return counts.clamp_min(1).expand(-1, -1, length)
     if is_causal:
-        seen = torch.arange(1, length + 1, device=device) + query_offset
-    return seen[None, None]
+        return torch.arange(1, length + 1, device=device)[None, None]
+    return torch.full((1, 1, length), num_keys, device=device)
 
 
 def own_key_visible(

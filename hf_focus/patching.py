@@ -23,7 +23,8 @@ def apply_focus(
     model: PreTrainedModel, config: FocusConfig | dict[str, Any] | None = None, **settings: Any
 ) -> PreTrainedModel:
     """Replace the self-attention of `model` by FocusA, in place. Its outputs stay the same until it is trained, but
-    with `local_start` other than 0 or `global_rotation` below 1, which are for models that are trained from scratch.
+    with `local_start` or `global_exponent_start` other than 0, or `global_rotation` below 1, which are for models that
+    are trained from scratch.
 
     ```python
     apply_focus(model, FocusConfig(max_span=128))

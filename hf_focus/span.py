@@ -1,4 +1,4 @@
-"""How far a query looks: the predictor of its span, and the span's temperature."""
+"""How far a query looks: the predictor of its span, and the temperatures of both branches."""
 
 import math
 
@@ -11,6 +11,7 @@ from .errors import FocusConfigError, bad_value
 
 # Keys at which an untrained temperature that depends on their number is 1
 NEUTRAL_KEYS = 16
+_LOG_NEUTRAL = math.log1p(math.log(NEUTRAL_KEYS))
 
 
 class Predictor(nn.Module):
@@ -82,7 +83,7 @@ class AdaptiveSpan(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.coefficients is not None:
-            start = torch.tensor([-self.exponent * math.log1p(math.log(NEUTRAL_KEYS)), 0.0, self.exponent])
+            start = torch.tensor([-self.exponent * _LOG_NEUTRAL, 0.0, self.exponent])
             init.copy_(self.coefficients, start[:, None].expand(self.coefficients.shape))
 
     def forward(self, scale: Tensor, num_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,19 +101,37 @@ class AdaptiveSpan(nn.Module):
             temperature = 1 + self.temp_scale * (1 - scale) if self.sharpen else 0.5 + self.temp_scale * scale
             return span, temperature
         constant, slope, exponent = self.coefficients.to(scale.dtype)[:, :, None]
-        # No gradient through n: as a count it has none
-        log_n = num_keys.to(scale.dtype).log().log1p()
-        return span, (-(constant + slope * scale + exponent * log_n)).exp()
+        return span, (-(constant + slope * scale + exponent * _log_of(num_keys, scale.dtype))).exp()
 
 
-def log_sharpness(num_keys: Tensor, exponent: Tensor) -> Tensor:
-    """log of ((1 + log n) / (1 + log `NEUTRAL_KEYS`))^e: what logits of attention among n keys are multiplied by.
+class GlobalTemperature(nn.Module):
+    """Makes the queries of the global branch longer where they see more keys: their products with keys are multiplied
+    by ((1 + log n) / (1 + log `NEUTRAL_KEYS`))^e, with a head's own e (scalable softmax, 2501.19399).
 
     Args:
-        num_keys: n >= 1, no gradient.
-        exponent: e, floating point, broadcastable with `num_keys`.
+        num_heads: H.
+        start: e before training; 0 changes nothing.
     """
-    return exponent * (num_keys.to(exponent.dtype).log().log1p() - math.log1p(math.log(NEUTRAL_KEYS)))
+
+    def __init__(self, num_heads: int, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.exponent = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.exponent, self.start)
+
+    def forward(self, query: Tensor, num_keys: Tensor) -> Tensor:
+        """Queries (B, H, T, D) that see `num_keys` keys, (B or 1, H or 1, T), at least 1 -> as long as these ask."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        longer = (self.exponent.to(dtype)[:, None] * (_log_of(num_keys, dtype) - _LOG_NEUTRAL)).exp()
+        return (query.to(dtype) * longer[..., None]).to(query.dtype)
+
+
+def _log_of(num_keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(1 + log n). No gradient through n: as a count it has none."""
+    return num_keys.to(dtype).log().log1p()
 
 
 def count_in_span(num_visible: Tensor, span: Tensor, is_causal: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from tiny import SETTINGS, TINY, VOCAB, logits, make_inputs, patched, randomize, tokens
 from transformers import GPTJConfig, GPTJForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from hf_focus import apply_focus, focus_model_class, remove_focus
+from hf_focus import FocusConfig, apply_focus, focus_model_class, remove_focus
 from hf_focus.errors import UnsupportedArchitectureError
 
 KINDS = ("llama", "bert", "t5", "vit")
@@ -43,11 +43,12 @@ def parent_of(name: str) -> str:
     return f"{parent}." if parent else ""
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_parts_on_disk(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "start"), [*((name, None) for name in KINDS), ("llama", 1.25)])
+def test_parts_on_disk(name: str, start: float | None, tmp_path: Path) -> None:
     """A device map with a layer on the disk: the branch goes with its layer, and comes back for the forward."""
     pytest.importorskip("accelerate")
-    model, inputs = patched(name), make_inputs(name)
+    model = patched(name, FocusConfig.build(SETTINGS, global_exponent_start=start))
+    inputs = make_inputs(name)
     model.save_pretrained(tmp_path / "model")
     path = next(
         p

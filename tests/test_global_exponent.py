@@ -23,7 +23,7 @@ from transformers.masking_utils import eager_mask
 
 from hf_focus import FocusA, FocusAdapterConfig, FocusConfig, apply_focus, remove_focus
 from hf_focus.errors import FocusConfigError
-from hf_focus.masks import count_seen
+from hf_focus.masks import count_all_visible
 
 SHARPER = FocusConfig.build(SETTINGS, global_exponent_start=1.25)
 # Plain scores: no cap, no bias, and no other sequence that is attended to
@@ -73,37 +73,31 @@ def test_a_start_at_zero_changes_nothing_and_learns(name: str) -> None:
     apply_focus(model, FocusConfig.build(SETTINGS, global_exponent_start=0))
     assert torch.equal(logits(model, **inputs), before)
     model.train()(**inputs).logits.square().mean().backward()
-    exponents = [p for path, p in model.named_parameters() if path.endswith("global_exponent")]
+    exponents = [p for path, p in model.named_parameters() if path.endswith("global_temperature.exponent")]
     assert exponents
     assert all(exponent.grad.abs().min() > 0 for exponent in exponents)
 
 
 @given(
     length=st.integers(1, 9),
-    past=st.integers(0, 9),
-    empty=st.integers(0, 5),
+    more=st.integers(0, 9),
     is_causal=st.booleans(),
-    kind=st.sampled_from(["none", "bool", "additive", "row"]),
+    kind=st.sampled_from(["none", "bool", "additive", "row", "column"]),
     seed=st.integers(0, 1000),
 )
-def test_count_seen(length: int, past: int, empty: int, is_causal: bool, kind: str, seed: int) -> None:
-    noise = torch.Generator().manual_seed(seed)
+def test_count_all_visible(length: int, more: int, is_causal: bool, kind: str, seed: int) -> None:
+    noise, num_keys = torch.Generator().manual_seed(seed), length + more
+    shape = (2, 1, 1 if kind == "row" else length, 1 if kind == "column" else num_keys)
+    visible = torch.rand(shape, generator=noise) < 0.6
+    mask = torch.zeros(shape).masked_fill(~visible, -1e9) if kind == "additive" else visible
+    mask = None if kind == "none" else mask
+    counts = count_all_visible(mask, length, num_keys, is_causal, torch.device("cpu")).expand(2, 1, length)
+    visible = visible.expand(2, 1, length, num_keys)
     if kind == "none":
-        # The mask is left out where the queries come last, or first, or see everything
-        empty = empty if not past else 0
-        past, empty = (past, empty) if is_causal else (0, 0)
-    num_keys = past + length + empty
-    visible = torch.rand(2, 1, 1 if kind == "row" else length, num_keys, generator=noise) < 0.6
-    mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9) if kind == "additive" else visible
-    counts = count_seen(None if kind == "none" else mask, length, num_keys, past, is_causal, torch.device("cpu"))
-    assert counts.dtype == torch.int64
-    for b in range(2):
-        for t in range(length):
-            if kind == "none":
-                expected = past + t + 1 if is_causal else num_keys
-            else:
-                expected = max(visible.expand(-1, -1, length, -1)[b, 0, t].sum().item(), 1)
-            assert counts.expand(2, 1, length)[b, 0, t] == expected
+        # As scaled_dot_product_attention has it: the first queries stand at the first keys
+        visible = torch.ones(2, 1, length, num_keys, dtype=torch.bool)
+        visible = visible.tril() if is_causal else visible
+    assert counts.tolist() == [[[max(sum(row), 1) for row in head] for head in item] for item in visible.tolist()]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
@@ -136,9 +130,24 @@ def test_padding_and_packing_do_not_count() -> None:
     torch.testing.assert_close(packed.view_as(expected), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_decoder_that_sees_both_sides(implementation: str) -> None:
+    """Its attention is said to be causal, and no mask says otherwise where there is no padding."""
+    model = TINY["llama"].build(
+        "LlamaModel", is_causal=False, initializer_range=0.2, attn_implementation=implementation
+    )
+    apply_focus(model, SHARPER)
+    ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, 12:] = 0
+    with torch.no_grad():
+        beside = model(ids, attention_mask=mask).last_hidden_state[:1]
+        alone = model(ids[:1]).last_hidden_state
+    torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model, ids = patched("llama", SHARPER), tokens()
-    assert model.model.layers[0].self_attn.focus.global_exponent.shape == (4,)
+    assert model.model.layers[0].self_attn.focus.global_temperature.exponent.shape == (4,)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.focus_config["global_exponent_start"] == 1.25

@@ -181,9 +181,11 @@ def test_patching_draws_no_random_numbers() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_offloaded_models() -> None:
+@pytest.mark.parametrize("start", [None, 1.25])
+def test_offloaded_models(start: float | None) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model, plain = patched("llama"), logits(patched("llama"), input_ids=tokens())
+    settings = FocusConfig.build(SETTINGS, global_exponent_start=start)
+    model, plain = patched("llama", settings), logits(patched("llama", settings), input_ids=tokens())
     accelerate.cpu_offload(model, execution_device="cpu")
     assert any(parameter.is_meta for parameter in model.parameters())
     torch.testing.assert_close(logits(model, input_ids=tokens()), plain, rtol=0, atol=1e-6)
