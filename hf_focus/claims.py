@@ -39,10 +39,13 @@ MEANINGS = {
 
 
 def meaning(name: str) -> str:
-    """What a measure says, in a line; `passkey_512` and its like: a hidden number found in so many tokens."""
-    kind, _, length = name.rpartition("_")
+    """What a measure says, in a line; `passkey_512` and its like: a hidden number found in so many tokens;
+    `rank_residual_layer_2`: of that layer's input."""
+    kind, _, number = name.rpartition("_")
     if kind == "passkey":
-        return f"share of the numbers hidden in {length} tokens that are told right"
+        return f"share of the numbers hidden in {number} tokens that are told right"
+    if kind == "rank_residual_layer":
+        return f"as rank_residual, of the input of layer {number}"
     return MEANINGS[name]
 
 
@@ -102,8 +105,8 @@ def measure_attention(
 
     Returns:
         means of `attention_spread`; rank_residual of the last layer; rank_residual_ratio: to that of the first layer's
-        input. With FocusA: local_span, local_entropy, local_entropy_share, local_effective_tokens, local_coverage,
-        local_iterations.
+        input; rank_residual_layer_0 and so on: of each layer's input. With FocusA: local_span, local_entropy,
+        local_entropy_share, local_effective_tokens, local_coverage, local_iterations.
 
     Raises:
         FocusConfigError: the model gives no attention weights.
@@ -141,8 +144,9 @@ def _measure_one(
     for weights in attentions:
         for name, values in attention_spread(weights[:, :, asked]).items():
             found.setdefault(name, []).append(values.mean())
-    first, last = (rank_residual(outputs.hidden_states[layer]).mean() for layer in (0, -1))
-    found |= {"rank_residual": [last], "rank_residual_ratio": [last / first.clamp_min(1e-12)]}
+    *inputs_of_layers, last = (rank_residual(hidden).mean() for hidden in outputs.hidden_states)
+    found |= {"rank_residual": [last], "rank_residual_ratio": [last / inputs_of_layers[0].clamp_min(1e-12)]}
+    found |= {f"rank_residual_layer_{layer}": [residual] for layer, residual in enumerate(inputs_of_layers)}
     for call in calls:
         local = {
             "span": call.span,

@@ -39,7 +39,9 @@ METHOD = f"""## How it was measured
   of one and end hard, which was chosen on recall and listed names (where the local output also starts at 0.3); on the
   other tasks they begin as half of the longest, with soft ends. Where what is looked for may be farther away than in
   training (recall, passkey, needles), the global branch rotates a quarter of each head (`global_rotation=0.25`),
-  which was chosen on recall. All tries were on seeds that are in no table.
+  which was chosen on recall. Where it stands among more tokens than in training (passkey, needles, max-retrieval),
+  the logits of the global branch grow with their number (`global_exponent_start=1`), which was chosen on max-retrieval
+  and a single needle. All tries were on seeds that are in no table.
 - **One pass** is the same layer with `max_iterations=1`: a sliding window beside full attention.
 - **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
   has more; "four times through the layer" uses one layer's weights four times), read the same examples in the same

@@ -48,7 +48,9 @@ def test_measuring_attention_leaves_the_model_as_it_was(focus: bool) -> None:
         randomize(apply_focus(model, max_span=8, ramp=3))
     before = model.config._attn_implementation
     found = measure_attention(model, [IDS, IDS[:, :20]])
-    assert set(found) <= set(MEANINGS)
+    by_layer = {name for name in found if name.startswith("rank_residual_layer_")}
+    assert by_layer == {f"rank_residual_layer_{layer}" for layer in range(model.config.num_hidden_layers)}
+    assert set(found) - by_layer <= set(MEANINGS)
     assert (model.config._attn_implementation, model.training) == (before, True)
     assert 0 < found["entropy_share"] <= 1
     assert found["effective_tokens"] >= 1
@@ -112,6 +114,15 @@ def test_a_hidden_number_is_found_by_a_model_that_copies_it() -> None:
 
     assert passkey_accuracy(Copies(True), tokenizer, [16, 200], examples=3) == {"passkey_200": 1.0}
     assert passkey_accuracy(Copies(False), tokenizer, [200], examples=3) == {"passkey_200": 0.0}
+
+
+def test_rank_by_layer() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        hidden = model(IDS, output_hidden_states=True).hidden_states
+    found, expected = measure_attention(model, [IDS]), [rank_residual(x).item() for x in hidden]
+    by_layer = [found[f"rank_residual_layer_{layer}"] for layer in range(len(hidden) - 1)]
+    assert [*by_layer, found["rank_residual"]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_all_of_them_on_text() -> None:
