@@ -9,7 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from tiny import LENGTH, PAD, SETTINGS, TINY, logits, make_inputs, patched, randomize, tokens
+from tiny import (
+    LENGTH,
+    SETTINGS,
+    TINY,
+    decoded,
+    in_one_row,
+    left_padded,
+    logits,
+    make_inputs,
+    patched,
+    randomize,
+    tokens,
+)
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -17,7 +29,6 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
-    StaticCache,
 )
 from transformers.masking_utils import eager_mask
 
@@ -106,27 +117,17 @@ def test_decoding_equals_one_pass(name: str, cache: str) -> None:
     model, ids = patched(name, SHARPER, initializer_range=0.2).double(), tokens()
     everything = torch.ones_like(ids)
     expected = logits(model, input_ids=ids, attention_mask=everything)
-    past = StaticCache(config=model.config, max_cache_len=LENGTH + 3) if cache == "static" else None
-    steps = []
-    with torch.no_grad():
-        # Several at once, and one by one
-        for start, end in ((0, 5), (5, 9), *((place, place + 1) for place in range(9, LENGTH))):
-            step = model(ids[:, start:end], past_key_values=past, use_cache=True)
-            past = step.past_key_values
-            steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoded(model, ids, cache), expected, rtol=0, atol=1e-5)
 
 
 def test_padding_and_packing_do_not_count() -> None:
     model, ids = patched("llama", SHARPER, initializer_range=0.2).double(), tokens()
     expected = logits(model, input_ids=ids)
-    padded = torch.cat([torch.full((2, 6), PAD), ids], dim=1)
-    mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones_like(ids)], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    found = logits(model, input_ids=padded, attention_mask=mask, position_ids=positions)[:, 6:]
+    padded = left_padded(ids)
+    positions = (padded["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+    found = logits(model, **padded, position_ids=positions)[:, -LENGTH:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    both = torch.cat([ids[:1], ids[1:]], dim=1)
-    packed = logits(model, input_ids=both, position_ids=torch.arange(LENGTH).repeat(2)[None], use_cache=False)
+    packed = logits(model, **in_one_row(ids))
     torch.testing.assert_close(packed.view_as(expected), expected, rtol=0, atol=1e-6)
 
 

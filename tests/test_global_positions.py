@@ -8,7 +8,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LENGTH, PAD, SETTINGS, TINY, logits, patched, tokens
+from tiny import LENGTH, SETTINGS, TINY, decoded, in_one_row, left_padded, logits, patched, tokens
 from transformers import (
     AutoModelForCausalLM,
     DINOv3ViTConfig,
@@ -17,7 +17,6 @@ from transformers import (
     Gemma3nTextConfig,
     SmolLM3Config,
     SmolLM3ForCausalLM,
-    StaticCache,
 )
 
 from hf_focus import FocusAdapterConfig, FocusConfig, apply_focus, remove_focus
@@ -121,29 +120,17 @@ def test_decoding_equals_one_pass(name: str, cache: str, settings: dict[str, Any
     model = patched(name, FocusConfig.build(STILL, **settings), initializer_range=0.2).double()
     ids = tokens()
     expected = logits(model, **inputs_of(ids))
-    past = StaticCache(config=model.config, max_cache_len=LENGTH + 3) if cache == "static" else None
-    steps = []
-    with torch.no_grad():
-        # Several at once, and one by one
-        for start, end in ((0, 5), (5, 9), *((place, place + 1) for place in range(9, LENGTH))):
-            step = model(ids[:, start:end], past_key_values=past, use_cache=True)
-            past = step.past_key_values
-            steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoded(model, ids, cache), expected, rtol=0, atol=1e-5)
 
 
 def test_padding_and_places_do_not_matter() -> None:
     model, ids = patched("llama", STILL, initializer_range=0.2).double(), tokens()
     expected = logits(model, **inputs_of(ids))
-    padded = torch.cat([torch.full((2, 6), PAD), ids], dim=1)
-    mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones_like(ids)], dim=1)
-    found = logits(model, input_ids=padded, attention_mask=mask)[:, 6:]
+    found = logits(model, **left_padded(ids))[:, -LENGTH:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     places = torch.arange(LENGTH)[None] + 70
     assert torch.equal(logits(model, **inputs_of(ids, position_ids=places)), expected)
-    # Two documents in one row
-    both = torch.cat([ids[:1], ids[1:]], dim=1)
-    packed = logits(model, input_ids=both, position_ids=torch.arange(LENGTH).repeat(2)[None], use_cache=False)
+    packed = logits(model, **in_one_row(ids))
     torch.testing.assert_close(packed.view_as(expected), expected, rtol=0, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from hf_focus import FocusConfig, apply_focus
 
@@ -188,3 +188,28 @@ def patched(name: str, settings: FocusConfig = SETTINGS, **changes: Any) -> PreT
 def logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(**inputs).logits
+
+
+def decoded(model: PreTrainedModel, ids: torch.Tensor, cache: str) -> torch.Tensor:
+    """Logits of `ids` (B, LENGTH), given several at once, then one by one, with a `"dynamic"` or `"static"` cache."""
+    past = StaticCache(config=model.config, max_cache_len=LENGTH + 3) if cache == "static" else None
+    steps = []
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 9), *((place, place + 1) for place in range(9, LENGTH))):
+            step = model(ids[:, start:end], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            steps.append(step.logits)
+    return torch.cat(steps, dim=1)
+
+
+def left_padded(ids: torch.Tensor, padding: int = 6) -> dict[str, torch.Tensor]:
+    """`ids` with padding before them, and their mask."""
+    empty = torch.full((len(ids), padding), PAD)
+    mask = torch.cat([torch.zeros_like(empty), torch.ones_like(ids)], dim=1)
+    return {"input_ids": torch.cat([empty, ids], dim=1), "attention_mask": mask}
+
+
+def in_one_row(ids: torch.Tensor) -> dict[str, Any]:
+    """The rows of `ids` (B, T) as documents of one row, told apart by their positions."""
+    positions = torch.arange(ids.shape[1]).repeat(len(ids))
+    return {"input_ids": ids.reshape(1, -1), "position_ids": positions[None], "use_cache": False}
