@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from .evidence_cost import count_flops
+from .evidence_measure import model_inputs
 from .evidence_run import find_record
 from .evidence_tasks import find_task
-from .evidence_train import Row, model_inputs
+from .evidence_train import Row
 from .evidence_variants import Sizes, build
 
 # Learning rates are chosen on seeds from here on, which enter no figure; so were the settings of FocusA

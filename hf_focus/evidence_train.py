@@ -1,6 +1,5 @@
 """One row of the evidence: a small model trained on a task and tested, everything about it in one record."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,15 +12,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from .claims import measure_attention
-from .evidence_cost import count_flops, keys_read, run_cost
-from .evidence_spans import span_scores
+from .evidence_measure import TEST_SEED, forward, measure, measure_cost, measure_spread
 from .evidence_tasks import find_task
 from .evidence_types import IGNORED, Batch, Task
 from .evidence_variants import Sizes, build, count, find_variant, focus_settings, patch
 
-# Of the examples that models are tested on; no training seed reaches it
-TEST_SEED = 10**6
 SOLVED = 0.99
 
 
@@ -103,12 +98,12 @@ def run_row(
         results[name] = measure(model, task, {**settings, **changes}, unseen, row.examples, device)
         # A baseline's own attention has no eager form
         if task.spread and find_variant(row.variant).attention is None:
-            results[name]["spread"] = _spread(model, task, {**settings, **changes}, device)
+            results[name]["spread"] = measure_spread(model, task, {**settings, **changes}, device)
     return {
         "variant": row.variant,
         **row.key,
         "parameters": count(model),
-        "cost": _cost(model, task, settings, device),
+        "cost": measure_cost(model, task, settings, device),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "results": results,
         "curve": curve,
@@ -158,35 +153,6 @@ def train(
     return model, losses, curve, solved_at
 
 
-def _spread(model: PreTrainedModel, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
-    """Of the attention of the tokens that are asked something, means over a few fresh examples."""
-    size = max(1, min(16, 2**14 // task.length(**settings)))
-    batch = task.batch(size, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
-    found = []
-    for row in range(size):
-        one = Batch(*(x[row : row + 1] for x in (batch.input_ids, batch.labels, batch.groups)))
-        inputs = model_inputs(one, task)
-        found.append(measure_attention(model, [inputs.pop("input_ids")], queries=one.labels[0] != IGNORED, **inputs))
-    return {name: sum(values[name] for values in found) / size for name in found[0]}
-
-
-def _cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
-    """On one fresh example."""
-    if task.cost_on is not None:
-        settings = {**settings, **task.tests[task.cost_on]}
-    batch = task.batch(1, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
-    inputs = model_inputs(batch, task)
-    was_training = model.training
-    model.eval()
-    cost = {"flops": count_flops(model, **inputs)}
-    if not task.encoder:
-        cost |= keys_read(model, **inputs)
-    if task.cost_on is not None:
-        cost |= run_cost(model, batch.input_ids)
-    model.train(was_training)
-    return cost
-
-
 def _step(model: nn.Module, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> float:
     loss = _loss(model, batch, task)
     optimizer.zero_grad()
@@ -208,78 +174,7 @@ def _optimizer(model: nn.Module, lr: float, focus_rate: float, steps: int) -> tu
     return optimizer, LambdaLR(optimizer, lambda step: min(1, (step + 1) / warm_up) * (1 - 0.9 * step / steps))
 
 
-def model_inputs(batch: Batch, task: Task) -> dict[str, Any]:
-    """What a model is called with."""
-    options: dict[str, Any] = {} if task.encoder else {"use_cache": False}
-    if not task.ordered:
-        # Rotary positions that are all equal rotate nothing against each other
-        options["position_ids"] = torch.zeros_like(batch.input_ids)
-        # Without a mask they would be taken for as many sequences in one row
-        options["attention_mask"] = torch.ones_like(batch.input_ids)
-    return {"input_ids": batch.input_ids, **options}
-
-
-def forward(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
-    """Logits (B, T, vocabulary or tags)."""
-    return model(**model_inputs(batch, task)).logits
-
-
 def _loss(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
     logits = forward(model, batch, task)
     asked = batch.labels != IGNORED
     return cross_entropy(logits[asked], batch.labels[asked])
-
-
-@torch.no_grad()
-def measure(
-    model: nn.Module,
-    task: Task,
-    settings: Mapping[str, Any],
-    generator: torch.Generator,
-    examples: int,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Measure a model on fresh examples; its mode is restored.
-
-    Returns:
-        accuracy of all that is asked; by_group: group -> accuracy; exact: share of examples with every answer right;
-        loss in nats an answer; and what the task itself measures.
-    """
-    was_training = model.training
-    model.eval()
-    right: dict[int, int] = {}
-    asked_of: dict[int, int] = {}
-    counts: dict[str, float] = {}
-    exact, total_loss, done = 0, 0.0, 0
-    # Long examples in small batches: about as many tokens each time
-    size = max(1, min(256, examples, 2**15 // task.length(**settings)))
-    examples = min(examples, max(size, 2**18 // task.length(**settings)))
-    while done < examples:
-        batch = task.batch(size, generator, settings).to(device)
-        logits = forward(model, batch, task)
-        asked = batch.labels != IGNORED
-        total_loss += cross_entropy(logits[asked], batch.labels[asked], reduction="sum").item()
-        predictions = logits.argmax(-1)
-        correct = (predictions == batch.labels) & asked
-        exact += int((correct | ~asked).all(dim=1).sum())
-        for group in batch.groups[asked].unique().tolist():
-            here = asked & (batch.groups == group)
-            right[group] = right.get(group, 0) + int((correct & here).sum())
-            asked_of[group] = asked_of.get(group, 0) + int(here.sum())
-        if task.measure is not None:
-            for name, value in task.measure(predictions, batch).items():
-                counts[name] = counts.get(name, 0.0) + value
-        done += size
-    model.train(was_training)
-    total = sum(asked_of.values())
-    results: dict[str, Any] = {
-        "accuracy": sum(right.values()) / total,
-        "by_group": {str(group): right[group] / asked_of[group] for group in sorted(right)},
-        "exact": exact / done,
-        "loss": total_loss / total,
-        **counts,
-        **(span_scores(counts) if "spans_right" in counts else {}),
-    }
-    if task.bytes_per_label is not None:
-        results["bits_per_byte"] = results["loss"] / task.bytes_per_label / math.log(2)
-    return results

@@ -11,13 +11,14 @@ import torch
 from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_cli import main, run_group
 from hf_focus.evidence_groups import GROUPS, QUICK, find_groups
+from hf_focus.evidence_measure import forward, measure
 from hf_focus.evidence_plan import ACCURACY, FIRST_SEED, FIRST_TUNING_SEED, STEPS, Group
 from hf_focus.evidence_report import counted, report, section, summary
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
 from hf_focus.evidence_statistics import difference, estimate, sign_flip_test
 from hf_focus.evidence_targets import TARGETS
 from hf_focus.evidence_tasks import TASKS, find_task
-from hf_focus.evidence_train import Row, forward, measure, run_row
+from hf_focus.evidence_train import Row, run_row
 from hf_focus.evidence_variants import REFERENCE, TOLERANCE, VARIANTS, Sizes, build, count, find_variant
 
 TINY = Row("k-step", "focus", {"elements": 4, "steps": 2}, {"width": 16}, steps=4, batch=4, examples=64)
