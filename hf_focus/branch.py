@@ -1,7 +1,6 @@
 """`FocusBranch`: all that FocusA adds to one attention layer. It is the layer's submodule `focus`."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,15 +11,15 @@ from transformers import initialization as init
 from .attention import focus_attention
 from .band_mask import BandMask
 from .configuration import FocusConfig
+from .correction import Correction, own_statistics
 from .iteration import rotate_back, unit
-from .kept_mass import kept_mass, sampled_queries
+from .kept_mass import kept_mass
 from .masks import count_visible, gather_reach, own_key_visible, within_reach
 from .observers import FocusRecord, is_observed, notify
 from .penalty import note_mean_span
 from .pooling import pool_global
 from .problem import without_autocast
 from .refiner import Refiner
-from .rewards import saved_loss, weighed
 from .rotary import Rotation, rotate_slow_pairs
 from .span import AdaptiveSpan, GlobalTemperature, Predictor, count_in_span
 
@@ -171,24 +170,18 @@ class FocusBranch(nn.Module):
 
         pooled = pool_global(global_output, attention_mask, config.span_granularity, config.window_size)
         predicted = self.predictor(pooled.flatten(2))
-        scale, action = predicted, None
-        # With a frozen predictor, as in LoRA training of the base, the table stays too: it would not be saved
-        learning = self.refiner is not None and self.training and self.predictor.weight.requires_grad
+        scale, correction = predicted, None
         if self.refiner is not None:
-            if learning:
+            # With a frozen predictor, as in LoRA training of the base, the table stays too: it would not be saved
+            learns = self.training and self.predictor.weight.requires_grad
+            if learns:
                 self.refiner.begin(self.predictor.weight)
-            with torch.no_grad():
-                own_kv = (x[:, :, query_offset : query_offset + length] for x in (key, value))
-                own = _own_statistics(query, *own_kv, scaling)
-                features = self._features(predicted, num_visible, global_output.transpose(1, 2), *own)
-                state, action = self.refiner(features, explore=learning and config.reward != "mass")
-                factor = self.refiner.action_to_span_scale(action)
-            scale = (predicted * factor).clamp(0, 1)
-        lesson = {}
-        if learning:
-            lesson = {"state": state, "features": features, "valid": valid[:, None].expand(state.shape)}
-        if learning and config.reward == "loss":
-            scale = self.refiner.learn(scale, saved_loss, scale=scale, predicted=predicted, action=action, **lesson)
+            own = own_statistics(query, key, value, query_offset, scaling)
+            taught = valid if learns else None
+            correction = Correction(
+                self.refiner, config, predicted, num_visible, own, global_output, taught, is_causal
+            )
+            scale = correction.scale
 
         angles, pairs = None, "halves"
         heeded = slow or (rotation is not None and self.rotates and config.rotate_feedback)
@@ -226,64 +219,20 @@ class FocusBranch(nn.Module):
             base_threshold=config.base_threshold,
             threshold_scale=config.threshold_scale,
             coverage_threshold=config.coverage_threshold,
-            need_statistics=(learning and config.reward == "seed") or is_observed(),
+            need_statistics=is_observed() or (correction is not None and correction.needs_statistics),
             backend=config.backend,
             **options,
         )
         output = local.output
-        if learning and config.reward == "seed":
-            with torch.no_grad():
-                quality = local.coverage - config.entropy_weight * local.entropy
-                lesson["reward"] = quality.mean(dim=1, keepdim=True) if action.shape[1] == 1 else quality
-                in_span = count_in_span(num_visible, span, is_causal)
-                lesson["next_state"] = self.refiner.discretize(self._features(scale, in_span, output, *own))
-            output = self.refiner.learn(output, action=action, **lesson)
-        # Where no backward pass will follow, as in the first pass of reentrant checkpointing, it would be thrown away
-        if learning and config.reward == "mass" and output.requires_grad:
-            rows = sampled_queries(length, num_keys)
-            lesson = {name: x[:, :, rows] for name, x in lesson.items()}
-            attention = partial(kept_mass, query, key, value, rows=rows, **options)
-            visible = count_in_span(num_visible[..., rows], predicted[:, :, rows] * config.max_span, is_causal)
-            lesson |= self._compare_corrections(attention, predicted[:, :, rows], visible)
-            output = self.refiner.learn(output, partial(weighed, rows=rows), **lesson)
+        if correction is not None:
+            output = correction.learn(local, self.span, partial(kept_mass, query, key, value, **options), num_keys)
         if config.span_penalty and self.training and not torch.compiler.is_compiling():
             note_mean_span(scale, valid, self.predictor.weight.requires_grad)
         if is_observed():
-            span = span.clamp(max=max_span)
-            notify(
-                self,
-                FocusRecord(span, scale, local.entropy, local.coverage, local.iterations, action, valid),
-            )
+            action = None if correction is None else correction.action
+            found = (local.entropy, local.coverage, local.iterations)
+            notify(self, FocusRecord(span.clamp(max=max_span), scale, *found, action, valid))
         return output
-
-    @torch.no_grad()
-    def _compare_corrections(
-        self, kept_by: Callable[..., Tensor], predicted: Tensor, num_keys: Tensor
-    ) -> dict[str, Tensor]:
-        """Every action, (A,), and the reward of each for some queries, (B, H or 1, N, A).
-
-        Args:
-            kept_by: `kept_mass` of these queries.
-            predicted, num_keys: share of the longest span before the correction, and keys in it, (B, H or 1, N).
-        """
-        config = self.config
-        span, temperature = self.span(predicted, num_keys)
-        action = torch.arange(config.num_actions, device=predicted.device)
-        scales = predicted[..., None] * self.refiner.action_to_span_scale(action)
-        kept = kept_by(span, scales * config.max_span, temperature)
-        if predicted.shape[1] == 1:
-            kept = kept.mean(dim=1, keepdim=True)
-        return {"action": action, "reward": kept - config.span_cost * scales}
-
-    def _features(self, scale: Tensor, num_keys: Tensor, output: Tensor, value_size: Tensor, match: Tensor) -> Tensor:
-        """The refiner's four statistics, (B, H or 1, T, 4): span, log of the keys, how far the output shrank against
-        the query's own value (a diffuse average is short), match of the query with its own key."""
-        size = output.float().norm(dim=-1)
-        shrunk = (size.clamp_min(1e-12) / value_size.clamp_min(1e-12)).log()
-        features = [scale.float(), num_keys.float().log(), shrunk, match]
-        if scale.shape[1] == 1:
-            features = [x.mean(dim=1, keepdim=True) for x in features]
-        return torch.stack(torch.broadcast_tensors(*features), dim=-1)
 
     def _readout_weights(self, query: Tensor, global_output: Tensor) -> Tensor | None:
         if self.readout_weight is None:
@@ -321,11 +270,3 @@ def _parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
 def _wide(x: Tensor) -> Tensor:
     """`x` in float32, or float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _own_statistics(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Size of the own value, and scaled score of the own key: (B, H, T) each, float32."""
-    groups = query.shape[1] // key.shape[1]
-    grouped = query.unflatten(1, (key.shape[1], groups)).float()
-    match = (grouped * key[:, :, None].float()).sum(dim=-1).flatten(1, 2) * scaling
-    return value.float().norm(dim=-1).repeat_interleave(groups, dim=1), match
