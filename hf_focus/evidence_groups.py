@@ -106,6 +106,8 @@ _NEEDLE_SPREAD = (
     *(Measure(f"rank residual, {test}", ("results", test, "spread", "rank_residual")) for test in ("train", "16 L")),
 )
 
+_TEXT_SPREAD = tuple(entropy_on(test) for test in ("held out", "held out, 4 L"))
+
 
 def _needles(
     task: str, asked: str, claim: int = 3, steps: int = 1000, spread: tuple[Measure, ...] = (), **changes: Any
@@ -126,56 +128,28 @@ GROUPS: dict[str, Group] = {
     for group in (
         _tuned("recall", 1, "Multi-query recall, trained at L = 64", "recall", (ACCURACY, STEPS, *LONGER,
                accuracy_on("4 pairs"), accuracy_on("16 pairs")), batch=32, chosen_by=(STEPS, ACCURACY),
-               variants=("focus", "global rotated", "global still", "soft spans, not rotated", *FAR_BASELINES[1:]),
-               note="Every model begins on a plateau, on which it answers one of the values at random: it does not"
-               " know yet which token came before which. Spans that begin as a token or less, with hard ends, show it."
-               " With spans of up to 64 tokens and soft ends, as on the k-step lookup, FocusA left the plateau on one"
-               " seed of five. It is the short windows that learn this, and not the iteration: one pass does it too."
-               " Full attention whose queries and keys are normalised stayed on the plateau, on a seed that does not"
-               " count. On longer texts rotary positions decide. One pass that has them in its global branch answered"
-               " 100% at distances that it was trained at, 47% at 64 to 127, and 8% and 3% beyond, on a seed that does"
-               " not count. Sharper attention changed nothing, nor did fillers that are no key; without the rotation"
-               " of its second layer, once trained, it answered 48% and 18% there. So the global branch keeps the"
-               " quarter of its pairs that turns fastest, each within the length of training; beside it stand all of"
-               " them, none, and full attention without any in its last layer."),
+               variants=("focus", "global rotated", "global still", "soft spans, not rotated", *FAR_BASELINES[1:])),
         _tuned("passkey", 1, "Passkey, trained at L = 64", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8))), variants=AMONG_MORE_VARIANTS,
                batch=32, steps=1000),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
                (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n), branch)
                for branch in ("", "local") for n in (16, 256, 4096))), sizes={},
-               variants=("focus", "global flat", "exponent 0", *BASELINES[1:]),
-               note="The entropy is that of the query that is asked. The local branch's exponent of 1.25 was chosen"
-               " for it, on two seeds that do not count: it is spread as widely among 256 items as among 16, and more"
-               " is answered among 4,096 than with one that starts at 0. The global branch's, 1, was chosen on the"
-               " same seeds for what is answered among 4,096: 71% without it on the first, 97 to 100% on both where it"
-               " starts at 0.5, 1 or 1.5."),
+               variants=("focus", "global flat", "exponent 0", *BASELINES[1:])),
         _needles("needle", "a single needle, while the context grows 32 times", claim=2, spread=_NEEDLE_SPREAD),
         _needles("multi-key needles", "one of four needles"),
         _needles("multi-value needles", "both numbers of a key, in order", steps=2000),
         _needles("multi-query needles", "the numbers of two keys"),
         _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),
-               variants=PARTS, settings={"length": 64, "names": 2, "longest": 2}, batch=32, steps=1000,
-               note="A matter of whether the list is read within these steps at all: FocusA did on four seeds of five,"
-               " and full attention on one."),
+               variants=PARTS, settings={"length": 64, "names": 2, "longest": 2}, batch=32, steps=1000),
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
                (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS,
-               settings={"length": 128}, batch=16, steps=600,
-               note="Hardly trained models. With spans of up to 128 tokens and soft ends FocusA's F1 was 23 on a seed"
-               " that does not count, on which it is 42 with these."),
+               settings={"length": 128}, batch=16, steps=600),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
-        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10,
-                note="Queries and keys that are not normalised lose half of the seeds: most chains of look-ups are"
-                " made within 400 steps then too, but where the *first* look-up attends to another pair, because the"
-                " symbol for k disturbs the query for x, more steps mend that slowly; and a model that answers nearly"
-                " everything may lose it again."),
-        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS,
-                note="Three thousand steps are few for it: FocusA was solved after 1,100 on one seed, and after 2,700"
-                " on the seed for tuning; on three others the steps ended with more than 99% of all answers right."),
+        _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
+        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
-                rates=(2e-3,), note="One part at a time is left out or changed. What it takes is as many attentions as"
-                " there are look-ups and one; of the rest every part alone can be done without on this task, and the"
-                " seed's form, without all of them, is not solved."),
+                rates=(2e-3,)),
         _k_step("k-step-5-ablations", 5, MAIN_PARTS, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
                 rates=(2e-3,)),
         _k_step("k-step-3-baselines", 3, BASELINES, "k-step lookup, k ≤ 3: all baselines"),
@@ -185,32 +159,19 @@ GROUPS: dict[str, Group] = {
                (ACCURACY, *(accuracy_on("train", d) for d in (1, 2, 3, 4)), accuracy_on("2 L")), batch=32, steps=1000),
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
                variants=("focus, near", "focus, near, not rotated", "plain", "hybrid, near", "adaptive span"),
-               batch=4, steps=400, examples=32,
-               note="Hardly trained models: none answers better with thousands of bytes before than with 32, and"
-               " sliding windows alone are still to be measured beside them. FocusA reads and keeps little, and"
-               " decodes a token more slowly all the same: many small operations, which do not depend on the length."),
+               batch=4, steps=400, examples=32),
         _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
                sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
-               (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES, batch=8, steps=400,
+               (BITS, LONG_BITS, FLOPS, *_TEXT_SPREAD), sizes=TEXT_SIZES, batch=8, steps=400,
                variants=("focus, short", "focus, soft", "plain", "hybrid, short"),
-               note="One pass does better: on text the iteration costs steps and gives nothing back. In 361 steps each"
-               " FocusA came to 2.354 bits and one pass to 2.335, on a seed that does not count. With spans that start"
-               " at half of 64 tokens, with soft ends, FocusA came to 2.749 there in as many FLOPs.",
                equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
                " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
                variants=("focus, patched", "refiner, patched", "refiner of the seed, patched", "static span, patched",
                          "soft spans, patched", "soft spans, refiner, patched", "not rotated, patched", "plain",
                          "hybrid, patched", "normalized, patched", "focus through the layer, patched"),
-               pretrain=400, steps=400,
-               note="On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with"
-               " edges of 8 tokens to 2.434; spans of at most 16 tokens to 2.422, and with those one pass to 2.431;"
-               " full attention to 2.457. So spans begin short and end hard by default. Within these steps neither the"
-               " refiner nor the predictor adds anything: spans stay about as they began, and that is as well: with 10"
-               " and 30 times its learning rate the predictor lengthens them, to 2.424 and 2.433 bits on that seed. Of"
-               " spans that begin at half of 64 tokens a refiner with `span_cost=0.5` takes away a third of the keys"
-               " read, 30 instead of 41, at the same 2.440 bits; with the default of 0.01 next to none."),
+               pretrain=400, steps=400),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}

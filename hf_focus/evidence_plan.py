@@ -84,7 +84,6 @@ class Group:
         tuning_seeds: that each rate is tried on; more where luck decides more than the rate.
         pretrain: steps that the plain model makes before it is patched.
         examples: of each test set.
-        note: below the table: what was seen beside the figures, such as why a target was missed.
         equal_flops: every variant makes as many steps as `steps` of the baseline cost; else equal steps.
     """
 
@@ -107,7 +106,6 @@ class Group:
     pretrain: int = 0
     equal_flops: bool = False
     examples: int = 1024
-    note: str = ""
 
     def row(self, variant: str, seed: int, lr: float) -> Row:
         return Row(

@@ -77,6 +77,8 @@ FROM_SCRATCH = {
     "local_start": 1.0,
 }
 _ONE_PASS = {"max_iterations": 1}
+# On text, which is read in greater lengths than it is trained on
+_LONGER_TEXT = {**SHORT_SPANS, "global_exponent_start": 0.5}
 
 
 def _focus(
@@ -103,9 +105,9 @@ VARIANTS: dict[str, Variant] = {
         "… spans of up to 32 tokens with soft ends, feedback not rotated",
         near=1 / 8, rotate_feedback=False, **{**LONG_SPANS, "max_span": 32},
     ),
-    "focus, short": _focus("FocusA, short spans", **SHORT_SPANS),
+    "focus, short": _focus("FocusA, short spans", **_LONGER_TEXT),
     "focus, soft": _focus("… spans that start at half of 64 tokens, with soft ends", **LONG_SPANS),
-    "hybrid, short": _focus("short sliding windows + full, no iteration", **SHORT_SPANS, **_ONE_PASS),
+    "hybrid, short": _focus("short sliding windows + full, no iteration", **_LONGER_TEXT, **_ONE_PASS),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),

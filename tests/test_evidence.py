@@ -12,6 +12,7 @@ from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_cli import main, run_group
 from hf_focus.evidence_groups import GROUPS, QUICK, find_groups
 from hf_focus.evidence_measure import forward, measure
+from hf_focus.evidence_notes import NOTES, note_on
 from hf_focus.evidence_plan import ACCURACY, FIRST_SEED, FIRST_TUNING_SEED, STEPS, Group
 from hf_focus.evidence_report import counted, report, section, summary
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
@@ -309,6 +310,12 @@ def test_quick_rows_and_those_of_other_text_have_a_folder_of_their_own(
     assert (folder / "REPORT.md").read_text() == page
     assert not committed.exists()
     assert not (tmp_path / "outputs" / "evidence-quick-short-txt").exists()
+
+
+def test_notes_are_on_groups_that_exist() -> None:
+    assert NOTES.keys() <= GROUPS.keys()
+    assert all(note_on(name) and "  " not in note_on(name) for name in NOTES)
+    assert note_on("passkey") == ""
 
 
 @pytest.mark.parametrize("planned", [*GROUPS.values(), *QUICK.values()], ids=lambda planned: planned.name)

@@ -82,5 +82,6 @@ def test_few_seeds_decide_nothing() -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.group}: {target.question}")
 def test_targets_are_of_groups_that_exist(target: Target) -> None:
     assert target.one_pass in GROUPS[target.group].variants
-    assert GROUPS[target.group].claim in (target.claim, 2)
+    # How widely attention is spread is asked of any task
+    assert GROUPS[target.group].claim == target.claim or target.claim == 2
     assert target.judge({}) is None
