@@ -139,7 +139,7 @@ GROUPS: dict[str, Group] = {
         _needles("needle", "a single needle, while the context grows 32 times", claim=2, spread=_NEEDLE_SPREAD),
         _needles("multi-key needles", "one of four needles"),
         _needles("multi-value needles", "both numbers of a key, in order", steps=2000),
-        _needles("multi-query needles", "the numbers of two keys"),
+        _needles("multi-query needles", "the numbers of two keys", tuning_seeds=2),
         _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),
                variants=PARTS, settings={"length": 64, "names": 2, "longest": 2}, batch=32, steps=1000),
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
