@@ -20,14 +20,16 @@ Own = tuple[Tensor, Tensor]
 class Correction:
     """What the refiner makes of the predicted spans of some queries.
 
+    With the reward `"loss"` the backward pass of `scale` teaches; with the others that of what `learn` returns.
+
     Args:
-        refiner: its table is read as it is.
+        refiner: before a lesson, `Refiner.begin` is to be called.
         config: of the branch; `reward` says what is learned from.
         predicted: share of the longest span, (B, H or 1, T).
-        num_visible: keys within reach, broadcastable to `predicted`.
+        num_visible: keys within reach, (B or 1, H or 1, T).
         own: see `own_statistics`.
         global_output: (B, T, H, Dv).
-        valid: (B, T) bool, tokens that it learns from; None: from none.
+        valid: (B or 1, T) bool, tokens that it learns from; None: from none.
         is_causal: whether a span reaches to one side.
 
     Attributes:
@@ -48,7 +50,7 @@ class Correction:
     ) -> None:
         self.refiner, self.config, self.predicted, self.own = refiner, config, predicted, own
         self.num_visible, self.is_causal = num_visible, is_causal
-        # What is learned by, None: nothing
+        # That is learned from; None: nothing is
         self.reward = None if valid is None else config.reward
         with torch.no_grad():
             features = _statistics(predicted, num_visible, global_output.transpose(1, 2), own)
@@ -67,13 +69,15 @@ class Correction:
         """Whether `learn` reads entropy and coverage."""
         return self.reward == "seed"
 
-    def learn(self, local: FocusOutput, span: AdaptiveSpan, kept_mass: Callable[..., Tensor], num_keys: int) -> Tensor:
-        """The output of the local attention, unchanged: its backward pass teaches the refiner.
+    def learn(
+        self, local: FocusOutput, adaptive_span: AdaptiveSpan, kept_by: Callable[..., Tensor], num_keys: int
+    ) -> Tensor:
+        """The output of the local attention, unchanged; with `"seed"` and `"mass"` its backward pass teaches.
 
         Args:
             local: what came of the corrected spans.
-            span: of the branch.
-            kept_mass: `kept_mass.kept_mass` of the same attention.
+            adaptive_span: of the branch.
+            kept_by: `kept_mass.kept_mass` of the same attention.
             num_keys: S, the keys that it had.
         """
         if self.reward == "seed":
@@ -86,24 +90,25 @@ class Correction:
             rows = sampled_queries(local.output.shape[2], num_keys)
             lesson = {name: x[:, :, rows] for name, x in self.lesson.items()}
             with torch.no_grad():
-                lesson |= self._compare(span, partial(kept_mass, rows=rows), rows)
+                lesson |= self._compare(adaptive_span, partial(kept_by, rows=rows), rows)
             return self.refiner.learn(local.output, partial(weighed, rows=rows), **lesson)
         return local.output
 
     def _quality(self, local: FocusOutput) -> dict[str, Tensor]:
-        """The seed's reward: the coverage of the span, less its entropy; and the state that the output leads to."""
+        """The whole lesson of the seed's reward: the coverage of the span, less its entropy; and the state that the
+        output leads to."""
         quality = local.coverage - self.config.entropy_weight * local.entropy
         reward = quality.mean(dim=1, keepdim=True) if self.action.shape[1] == 1 else quality
         after = _statistics(self.scale, self._in_span(self.scale, self.num_visible), local.output, self.own)
         return {**self.lesson, "reward": reward, "next_state": self.refiner.discretize(after)}
 
-    def _compare(self, span: AdaptiveSpan, kept_by: Callable[..., Tensor], rows: slice) -> dict[str, Tensor]:
-        """Every action, (A,), and the reward of each for the N queries `rows`, (B, H or 1, N, A)."""
+    def _compare(self, adaptive_span: AdaptiveSpan, kept_by: Callable[..., Tensor], rows: slice) -> dict[str, Tensor]:
+        """Of a lesson: every action, (A,), and the reward of each for the N queries `rows`, (B, H or 1, N, A)."""
         predicted = self.predicted[:, :, rows]
-        spans, temperature = span(predicted, self._in_span(predicted, self.num_visible[..., rows]))
+        span, temperature = adaptive_span(predicted, self._in_span(predicted, self.num_visible[..., rows]))
         action = torch.arange(self.config.num_actions, device=predicted.device)
         scales = predicted[..., None] * self.refiner.action_to_span_scale(action)
-        kept = kept_by(spans, scales * self.config.max_span, temperature)
+        kept = kept_by(span, scales * self.config.max_span, temperature)
         if predicted.shape[1] == 1:
             kept = kept.mean(dim=1, keepdim=True)
         return {"action": action, "reward": kept - self.config.span_cost * scales}

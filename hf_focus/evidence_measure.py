@@ -90,7 +90,7 @@ def measure(
 
 
 def measure_spread(model: PreTrainedModel, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
-    """Of the attention of the tokens that are asked something, means over a few fresh examples."""
+    """What `measure_attention` gives, of the tokens that are asked something: means over a few fresh examples."""
     size = max(1, min(16, 2**14 // task.length(**settings)))
     batch = task.batch(size, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
     found = []
@@ -102,7 +102,8 @@ def measure_spread(model: PreTrainedModel, task: Task, settings: Mapping[str, An
 
 
 def measure_cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
-    """On one fresh example."""
+    """`count_flops` and, of causal models, `keys_read`; where `Task.cost_on` is set also `run_cost`: on one fresh
+    example."""
     if task.cost_on is not None:
         settings = {**settings, **task.tests[task.cost_on]}
     batch = task.batch(1, torch.Generator().manual_seed(TEST_SEED), settings).to(device)

@@ -45,8 +45,7 @@ NOTES: dict[str, str] = {
     "k-step-3-ablations": """
         One part at a time is left out or changed. What it takes is as many attentions as there are look-ups and one;
         of the rest every part alone can be done without on this task, and the seed's form, without all of them, is not
-        solved. A refiner that learns from the loss, with spans that begin long, takes away what is needed: two seeds
-        are not solved, and two late.
+        solved. With a refiner that learns from the loss two seeds are not solved, and two late.
     """,
     "sparsity": """
         Hardly trained models: none answers better with thousands of bytes before than with 32. FocusA reads and keeps
@@ -55,10 +54,11 @@ NOTES: dict[str, str] = {
     "text-equal-flops": """
         One pass does better: on text the iteration costs steps and gives nothing back. In 361 steps each FocusA came
         to 2.354 bits and one pass to 2.335, on a seed that does not count. With spans that start at half of 64 tokens,
-        with soft ends, FocusA came to 2.749 there in as many FLOPs. The global branch's exponent starts at 0.5, for
-        its entropy: on two seeds that do not count entropy / log n at 4 times the length was 1.12 times that at the
-        length without one, and 1.04 with it, at 2.447 and 2.428 bits without and 2.440 and 2.435 with it. At 1 it was
-        0.96 times, at 2.448 bits on the first.
+        with soft ends, FocusA came to 2.749 there in as many FLOPs.
+        The global branch's exponent starts at 0.5, for its entropy: without one, entropy / log n at 4 times the length
+        was 1.12 times that at the length on two seeds that do not count, and 1.11 times on one that does; with it 1.04
+        and 1.05 on the two. Bits were 2.447 and 2.428 without, 2.440 and 2.435 with it there, and on the five seeds
+        that count 2.448 without. At 1 it was 0.96 times, at 2.448 bits on the first seed.
     """,
     "text-patched": """
         On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with edges of 8 tokens

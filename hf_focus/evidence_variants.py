@@ -77,8 +77,8 @@ FROM_SCRATCH = {
     "local_start": 1.0,
 }
 _ONE_PASS = {"max_iterations": 1}
-# On text, which is read in greater lengths than it is trained on
-_LONGER_TEXT = {**SHORT_SPANS, "global_exponent_start": 0.5}
+# And logits of the global branch that grow with the keys, for text that is longer than in training
+_SHORT_AND_GROWING = {**SHORT_SPANS, "global_exponent_start": 0.5}
 
 
 def _focus(
@@ -105,9 +105,9 @@ VARIANTS: dict[str, Variant] = {
         "… spans of up to 32 tokens with soft ends, feedback not rotated",
         near=1 / 8, rotate_feedback=False, **{**LONG_SPANS, "max_span": 32},
     ),
-    "focus, short": _focus("FocusA, short spans", **_LONGER_TEXT),
+    "focus, short": _focus("FocusA, short spans", **_SHORT_AND_GROWING),
     "focus, soft": _focus("… spans that start at half of 64 tokens, with soft ends", **LONG_SPANS),
-    "hybrid, short": _focus("short sliding windows + full, no iteration", **_LONGER_TEXT, **_ONE_PASS),
+    "hybrid, short": _focus("short sliding windows + full, no iteration", **_SHORT_AND_GROWING, **_ONE_PASS),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),
@@ -147,7 +147,8 @@ VARIANTS: dict[str, Variant] = {
     "refiner": _focus("refiner that learns what its corrections keep", refiner=True),
     "refiner of the seed": _focus("refiner with the seed's reward", refiner=True, reward="seed"),
     "refiner of the loss": _focus(
-        "refiner that learns from the loss", refiner=True, reward="loss", epsilon=0.01
+        "refiner that learns from the loss, trying one correction in a hundred",
+        refiner=True, reward="loss", epsilon=0.01,
     ),
     "static span": _focus("no predictor: static learned span a head", frozen=_STATIC),
     "fixed span": _focus("no predictor: fixed longest span", initial_span=0.99, frozen=_FIXED),

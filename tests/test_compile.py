@@ -50,8 +50,9 @@ def test_decode_step() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
-def test_training_step() -> None:
-    model, ids = no_dropout(patched("llama", num_hidden_layers=1)), tokens()
+@pytest.mark.parametrize("reward", ["mass", "seed", "loss"])
+def test_training_step(reward: str) -> None:
+    model, ids = no_dropout(patched("llama", num_hidden_layers=1, reward=reward)), tokens()
     for module in model.modules():
         if hasattr(module, "epsilon"):
             # A compiled graph draws other random actions
