@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIM, HEADS, KV_HEADS, branch, branch_inputs
+from helpers import DIM, HEADS, KV_HEADS, branch, branch_inputs, buffers
 from torch import Tensor
 
 from hf_focus import kept_mass as kept_mass_module
@@ -14,13 +14,13 @@ from hf_focus.correction import Correction, own_statistics
 LENGTH = 40
 
 
-def correction(module: FocusBranch, predicted: Tensor, learns: bool = True, is_causal: bool = True) -> Correction:
+def correction(module: FocusBranch, predicted: Tensor, learns: bool = True) -> Correction:
     query, key, value, global_output = branch_inputs(LENGTH)
     own = own_statistics(query, key, value, 0, DIM**-0.5)
     visible, valid = torch.arange(1, LENGTH + 1)[None, None], torch.ones(2, LENGTH, dtype=torch.bool)
     valid[:, :4] = False
     taught = valid if learns else None
-    return Correction(module.refiner, module.config, predicted, visible, own, global_output, taught, is_causal)
+    return Correction(module.refiner, module.config, predicted, visible, own, global_output, taught, True)
 
 
 def spans(heads: int = HEADS) -> Tensor:
@@ -44,6 +44,25 @@ def test_a_query_is_compared_with_its_own_key_and_value() -> None:
         expected = 0.3 * (later[:, head] * key[:, of_group, -7:]).sum(-1)
         torch.testing.assert_close(match[:, head], expected.float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(size[:, head], value[:, of_group, -7:].norm(dim=-1).float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [HEADS, 1])
+def test_the_loss_rewards_what_shortening_saves(heads: int) -> None:
+    module = branch(reward="loss", epsilon=0.5, num_actions=4, per_head_span=heads > 1).train()
+    module.refiner.reset_parameters()
+    predicted = spans(heads)
+    found = correction(module, predicted)
+    torch.testing.assert_close(found.scale, predicted * found.action / 3)
+    slope = torch.randn(found.scale.shape, generator=torch.Generator().manual_seed(2))
+    (found.scale * slope).sum().backward()
+    module.refiner.finish_step()
+    learned, valid = buffers(module.refiner)["table"], found.lesson["valid"]
+    unit = (slope * predicted.detach()).abs()[valid].mean()
+    reward = slope * (predicted - found.scale).detach() / unit
+    module.refiner.table.zero_()
+    module.refiner.update(found.lesson["state"], found.action, reward, valid=valid)
+    assert learned.any()
+    torch.testing.assert_close(module.refiner.table, learned)
 
 
 @pytest.mark.parametrize(("reward", "tries"), [("mass", False), ("loss", True), ("seed", True)])
