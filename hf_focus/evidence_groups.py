@@ -119,7 +119,7 @@ def _needles(
         f"Needles: {asked}",
         task,
         (EXACT, STEPS, *_LENGTHS, *spread),
-        **{"variants": AMONG_MORE_VARIANTS, "batch": 32, "steps": steps, **changes},
+        **{"variants": AMONG_MORE_VARIANTS, "batch": 32, "steps": steps, "chosen_by": (EXACT, STEPS), **changes},
     )
 
 
@@ -131,7 +131,7 @@ GROUPS: dict[str, Group] = {
                variants=("focus", "global rotated", "global still", "soft spans, not rotated", *FAR_BASELINES[1:])),
         _tuned("passkey", 1, "Passkey, trained at L = 64", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8))), variants=AMONG_MORE_VARIANTS,
-               batch=32, steps=1000),
+               batch=32, steps=1000, chosen_by=(EXACT, STEPS)),
         _tuned("max-retrieval", 2, "Max-retrieval, trained at n ≤ 16", "max-retrieval",
                (*(accuracy_on(str(n)) for n in (16, 64, 256, 1024, 4096)), ACCURACY, *(entropy_on(str(n), branch)
                for branch in ("", "local") for n in (16, 256, 4096))), sizes={},
@@ -147,7 +147,8 @@ GROUPS: dict[str, Group] = {
                settings={"length": 128}, batch=16, steps=600),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
         _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
-        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
+        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS,
+                steps=6000),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
                 rates=(2e-3,)),
         _k_step("k-step-5-ablations", 5, MAIN_PARTS, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",
@@ -172,6 +173,10 @@ GROUPS: dict[str, Group] = {
                          "soft spans, patched", "soft spans, refiner, patched", "not rotated, patched", "plain",
                          "hybrid, patched", "normalized, patched", "focus through the layer, patched"),
                pretrain=400, steps=400),
+        _tuned("text-patched-equal-flops", 6, "A pretrained model, trained further with and without FocusA, equal"
+               " training FLOPs (the patch adds its parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES,
+               batch=8, variants=("focus, patched", "plain", "hybrid, patched"), pretrain=400, steps=400,
+               equal_flops=True),
     )
 }  # fmt: skip
 _SMALL = {"variants": ("focus", "plain"), "rates": (3e-3,), "seeds": 1, "batch": 32, "examples": 64}

@@ -11,7 +11,7 @@ from .evidence_notes import note_on
 from .evidence_plan import FIRST_SEED, STEPS, Group, Measure
 from .evidence_run import find_record, read_rows
 from .evidence_statistics import difference, show
-from .evidence_targets import TARGETS, Verdict, shown
+from .evidence_targets import TARGETS, Outcome, Verdict, shown
 from .evidence_tasks import find_task
 from .evidence_variants import FROM_SCRATCH, VARIANTS
 
@@ -61,11 +61,14 @@ METHOD = f"""## How it was measured
 - **Time** is that of the process on all its cores, on a CPU, and the clock's on a GPU; that of "another cpu" is not
   comparable with the others'. FLOPs count no key that a causal query cannot see. Keys read and kept are those of the
   last query of a text of full length.
-- **Lost rows stay**. A target is judged from 5 seeds on (shares of seeds from 10 on), by the rule in its line.
+- **Lost rows stay**. A target is judged from 5 seeds on (shares of seeds from 10 on), by the rule in its line: reached
+  where the mean and its whole interval are within it (a difference: the mean, and an interval clear of 0). Ratios have
+  Fieller's interval. Twenty targets are twenty tests, and no p is corrected for that.
+- **Not measured** yet is what a table says so of: planned models that no row is there of.
 - **Pictures**: a dot is a seed, the diamond the mean, the bar its interval, the dashed line the baseline's mean. A
   model has the same colour on the whole page; ablations are grey.
 """
-WORDS = {True: "reached", False: "**not reached**", None: "too few seeds"}
+NOT_MEASURED = "not measured"
 
 
 def counted(group: Group, records: Iterable[Record]) -> dict[str, dict[int, Record]]:
@@ -111,7 +114,8 @@ def summary(found: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> str:
         last = target.claim
         alone = target.without_iteration(found[target.group])
         lines.append((claim, target.question, *_judged(verdict), alone, target.wanted, _word(verdict)))
-    counts = {word: sum(_word(v) == word for _, v in judged) for word in (*WORDS.values(), "not measured")}
+    words = (*(outcome.value for outcome in Outcome), NOT_MEASURED)
+    counts = {word: sum(_word(v) == word for _, v in judged) for word in words}
     said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     header = ("claim", "measured", "FocusA", "full attention", "difference", "seeds", "FocusA, one pass", "target", "")
     said = said.replace("**", "")
@@ -125,20 +129,22 @@ def _judged(verdict: Verdict | None) -> tuple[str, str, str, str]:
 
 
 def _word(verdict: Verdict | None) -> str:
-    return "not measured" if verdict is None else WORDS[verdict.reached]
+    return NOT_MEASURED if verdict is None else verdict.outcome.value
 
 
 def section(group: Group, found: Mapping[str, Mapping[int, Record]]) -> str:
-    """One group's picture and tables; empty where nothing can be compared. `found` is what `counted` gives."""
+    """One group's picture and tables; a word where nothing can be compared. `found` is what `counted` gives."""
+    missing = [VARIANTS[variant].title.removeprefix("… ") for variant, rows in found.items() if not rows]
     found = {variant: rows for variant, rows in found.items() if rows}
     # Another table may share the rows of one model
     if len(found) < 2:
-        return ""
+        return f"### {group.title}\n\nNot measured yet."
     lines = [
         f"### {group.title}",
         _setting(group, next(iter(next(iter(found.values())).values()))),
         f"![{group.title}]({group.name}.png)",
         _means(group, found),
+        f"Not measured yet: {'; '.join(missing)}." if missing else "",
         note_on(group.name),
         _folded("Sizes, learning rates and time", _models(found)),
         _folded(f"Differences from: {VARIANTS[group.baseline].title}", _differences(group, found)),

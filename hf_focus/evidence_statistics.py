@@ -66,6 +66,27 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     return Difference(found, p, sign_flip_test(changes) if len(changes) > 1 else None)
 
 
+def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Mean of `above` over that of `below`, paired by seed, with its 95% interval by Fieller's theorem: the ratios r
+    for which the mean of above − r·below may be 0. No ends where `below` is not clear of 0, or of a single seed."""
+    from scipy.stats import t
+
+    count, means = len(above), [math.fsum(values) / len(values) for values in (above, below)]
+    found = means[0] / means[1]
+    if count < 2:
+        return Estimate(found, None, None, count)
+    critical = float(t.ppf(0.975, count - 1)) ** 2 / count
+    pairs = ((above, above), (above, below), (below, below))
+    ours, both, theirs = (critical * _covariance(one, other) for one, other in pairs)
+    square = means[1] ** 2 - theirs
+    if square <= 0:
+        return Estimate(found, None, None, count)
+    middle = means[0] * means[1] - both
+    # Rounding may leave a root of less than nothing where all ratios are the same
+    half = math.sqrt(max(middle**2 - square * (means[0] ** 2 - ours), 0.0))
+    return Estimate(found, (middle - half) / square, (middle + half) / square, count)
+
+
 def sign_flip_test(changes: Sequence[float]) -> float | None:
     """Two-sided exact p of "the sign of each difference is a coin's": the share of all 2ⁿ choices of signs whose sum
     is at least as far from 0. None for more than `EXACT` differences."""
@@ -84,3 +105,8 @@ def _signs(count: int) -> Sequence[tuple[int, ...]]:
 
 def _deviation(values: Sequence[float], mean: float) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _covariance(one: Sequence[float], other: Sequence[float]) -> float:
+    means = [math.fsum(values) / len(values) for values in (one, other)]
+    return math.fsum((a - means[0]) * (b - means[1]) for a, b in zip(one, other, strict=True)) / (len(one) - 1)

@@ -4,27 +4,46 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from .evidence_groups import BITS, BOUNDARIES, CACHE, HELD_OUT_BOUNDARIES, LONG_CONTEXT_BITS, entropy_on, exact_on
 from .evidence_plan import ACCURACY, EXACT, KEYS, STEPS, Measure, accuracy_on
-from .evidence_statistics import difference, estimate, show
+from .evidence_statistics import Estimate, difference, estimate, ratio, show
 
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]
 # Fewer seeds decide nothing
 LEAST_SEEDS = 5
 
 
+class Outcome(Enum):
+    """What became of a target, in the words of the report. Of a mean with an interval, the interval decides."""
+
+    REACHED = "reached"
+    MEAN_ONLY = "by the mean alone: **not clear**"
+    MISSED = "**not reached**"
+    FEW = "too few seeds"
+
+
+def decide(mean: bool, interval: bool, seeds: int, least: int = LEAST_SEEDS) -> Outcome:
+    """Whether a mean and its interval reach a target, from `least` seeds on."""
+    if seeds < least:
+        return Outcome.FEW
+    if not mean:
+        return Outcome.MISSED
+    return Outcome.REACHED if interval else Outcome.MEAN_ONLY
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What became of a target: the figures of ours and of the baseline with their intervals, what they are compared
-    by, in words, the seeds behind it, and whether it reaches the target; None: too few seeds to say."""
+    by, in words, the seeds behind it, and the outcome."""
 
     ours: str
     theirs: str
     measured: str
     seeds: int
-    reached: bool | None
+    outcome: Outcome
 
 
 def values_of(found: Found, variant: str, measure: Measure) -> dict[int, float]:
@@ -99,8 +118,9 @@ class SolvedShare(_OfSeeds):
             return None
         solved = _solved(found, self.ours, rows)
         said = f"{_solved(found, self.theirs, others)} of {len(others)} solved" if others else ""
-        reached = solved >= self.share * len(rows) if len(rows) >= self.least else None
-        return Verdict(f"{solved} of {len(rows)} solved", said, f"{solved / len(rows):.0%}", len(rows), reached)
+        reached = solved >= self.share * len(rows)
+        outcome = decide(reached, reached, len(rows), self.least)
+        return Verdict(f"{solved} of {len(rows)} solved", said, f"{solved / len(rows):.0%}", len(rows), outcome)
 
 
 @dataclass(frozen=True)
@@ -113,8 +133,8 @@ class FewerSolved(_OfSeeds):
             return None
         counts = [_solved(found, variant, seeds) for variant in (self.ours, self.theirs)]
         said = [f"{n} of {len(seeds)} solved" for n in counts]
-        reached = counts[0] > counts[1] if len(seeds) >= LEAST_SEEDS else None
-        return Verdict(*said, f"{counts[0] - counts[1]:+d} seeds", len(seeds), reached)
+        reached = counts[0] > counts[1]
+        return Verdict(*said, f"{counts[0] - counts[1]:+d} seeds", len(seeds), decide(reached, reached, len(seeds)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ class _OfMeasure(Rule):
 
 @dataclass(frozen=True)
 class StaysBelow(_OfMeasure):
-    """The mean of the *other* variant is below a limit."""
+    """The *other* variant's mean and interval are below a limit."""
 
     limit: float
 
@@ -136,14 +156,15 @@ class StaysBelow(_OfMeasure):
         ours, theirs = (list(values_of(found, v, self.measure).values()) for v in (self.ours, self.theirs))
         if not theirs:
             return None
-        mean = estimate(theirs).mean
-        reached = mean < self.limit if len(theirs) >= LEAST_SEEDS else None
-        return Verdict(shown(self.measure, ours), shown(self.measure, theirs), f"{mean:.1f}", len(theirs), reached)
+        found = estimate(theirs)
+        outcome = decide(found.mean < self.limit, _within(found, -math.inf, self.limit), len(theirs))
+        said = (shown(self.measure, values) for values in (ours, theirs))
+        return Verdict(*said, f"{found.mean:.1f}", len(theirs), outcome)
 
 
 @dataclass(frozen=True)
 class RatioAtMost(_OfMeasure):
-    """Ratio of the means of the two, on the seeds that both have, at most `limit`."""
+    """Ratio of the means of the two, on the seeds that both have, at most `limit`, with its interval."""
 
     limit: float
 
@@ -151,11 +172,11 @@ class RatioAtMost(_OfMeasure):
         above, below = paired(found, self.ours, self.theirs, self.measure)
         if not above or not sum(below):
             return None
-        ratio = sum(above) / sum(below)
-        reached = ratio <= self.limit if len(above) >= LEAST_SEEDS else None
+        share = ratio(above, below)
+        outcome = decide(share.mean <= self.limit, _within(share, -math.inf, self.limit), len(above))
         seeds = found[self.ours].keys() & found[self.theirs].keys()
         said = [told(found, variant, self.measure, seeds) for variant in (self.ours, self.theirs)]
-        return Verdict(*said, f"× {ratio:.3f}", len(above), reached)
+        return Verdict(*said, f"× {show(share)}", len(above), outcome)
 
 
 @dataclass(frozen=True)
@@ -171,15 +192,14 @@ class BetterBy(_OfMeasure):
         sign = -1 if self.measure.lower_is_better else 1
         change = difference(*values).estimate
         ends = [sign * end for end in (change.low, change.high) if end is not None]
-        clear = sign * change.mean >= self.least and bool(ends) and min(ends) > 0
-        reached = clear if len(values[0]) >= LEAST_SEEDS else None
+        outcome = decide(sign * change.mean >= self.least, bool(ends) and min(ends) > 0, len(values[0]))
         said = (shown(self.measure, side) for side in values)
-        return Verdict(*said, show(change, signed=True), len(values[0]), reached)
+        return Verdict(*said, show(change, signed=True), len(values[0]), outcome)
 
 
 @dataclass(frozen=True)
 class Keeps(Rule):
-    """The mean of ours `there` is `least` to `most` of its mean `here`; the other's share is told."""
+    """Ours keeps `least` to `most` of its mean `here` `there`, with the interval; what the other keeps is told."""
 
     there: Measure
     here: Measure
@@ -191,18 +211,26 @@ class Keeps(Rule):
         return (self.there, self.here)
 
     def __call__(self, found: Found) -> Verdict | None:
-        shares, said, seeds = {}, {}, 0
+        shares, said = {}, {}
         for variant in (self.theirs, self.ours):
-            values = [values_of(found, variant, measure).values() for measure in self.measures]
-            seeds = len(values[0])
-            if all(values):
-                shares[variant] = estimate(list(values[0])).mean / estimate(list(values[1])).mean
-                said[variant] = " of ".join(shown(*pair) for pair in zip(self.measures, values, strict=True))
+            values = [values_of(found, variant, measure) for measure in self.measures]
+            seeds = sorted(values[0].keys() & values[1].keys())
+            there, here = ([side[seed] for seed in seeds] for side in values)
+            if seeds and sum(here):
+                shares[variant] = ratio(there, here)
+                said[variant] = " of ".join(shown(*pair) for pair in zip(self.measures, (there, here), strict=True))
         if self.ours not in shares:
             return None
-        reached = self.least <= shares[self.ours] <= self.most if seeds >= LEAST_SEEDS else None
-        measured = " against ".join(f"{shares[v]:.0%}" for v in (self.ours, self.theirs) if v in shares)
-        return Verdict(said[self.ours], said.get(self.theirs, ""), measured, seeds, reached)
+        ours = shares[self.ours]
+        mean = self.least <= ours.mean <= self.most
+        outcome = decide(mean, _within(ours, self.least, self.most), ours.count)
+        measured = " against ".join(f"× {show(shares[v])}" for v in (self.ours, self.theirs) if v in shares)
+        return Verdict(said[self.ours], said.get(self.theirs, ""), measured, ours.count, outcome)
+
+
+def _within(found: Estimate, least: float, most: float) -> bool:
+    """Whether an interval lies within limits; one without ends does not."""
+    return found.low is not None and found.high is not None and least <= found.low and found.high <= most
 
 
 @dataclass(frozen=True)

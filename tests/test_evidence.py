@@ -16,7 +16,6 @@ from hf_focus.evidence_notes import NOTES, note_on
 from hf_focus.evidence_plan import ACCURACY, FIRST_SEED, FIRST_TUNING_SEED, STEPS, Group
 from hf_focus.evidence_report import counted, report, section, summary
 from hf_focus.evidence_run import append, is_done, read_rows, run_rows
-from hf_focus.evidence_statistics import difference, estimate, sign_flip_test
 from hf_focus.evidence_targets import TARGETS
 from hf_focus.evidence_tasks import TASKS, find_task
 from hf_focus.evidence_train import Row, run_row
@@ -216,32 +215,6 @@ def test_append_drops_what_a_killed_run_left(tmp_path: Path) -> None:
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 
-def test_estimates_are_students() -> None:
-    found = estimate([1.0, 2.0, 3.0, 4.0])
-    half = 3.182446 * math.sqrt(5 / 3) / 2
-    assert (found.mean, found.count) == (2.5, 4)
-    assert found.low == pytest.approx(2.5 - half, rel=1e-5)
-    assert found.high == pytest.approx(2.5 + half, rel=1e-5)
-    assert estimate([2.0]).low is None
-
-
-def test_differences_are_paired() -> None:
-    from scipy.stats import ttest_rel
-
-    ours, theirs = [1.0, 2.5, 2.0, 4.0, 3.5], [0.5, 2.0, 2.2, 3.0, 3.4]
-    found = difference(ours, theirs)
-    assert found.estimate.mean == pytest.approx(0.38)
-    assert found.t_test == pytest.approx(ttest_rel(ours, theirs).pvalue)
-    assert found.sign_test == sign_flip_test([0.5, 0.5, -0.2, 1.0, 0.1])
-    assert difference([1.0, 1.0], [1.0, 1.0]).t_test is None
-
-
-def test_sign_flips_by_hand() -> None:
-    assert sign_flip_test([1.0, 1.0, 1.0]) == 2 / 8
-    assert sign_flip_test([1.0, -1.0]) == 1
-    assert sign_flip_test([1.0] * 20) is None
-
-
 def test_learning_rates_are_chosen_on_seeds_that_do_not_count(tmp_path: Path) -> None:
     tuned = group(rates=(1e-3, 3e-3), seeds=1)
     assert run_group(tuned, tmp_path, "cpu") == 0
@@ -274,7 +247,11 @@ def test_the_report_is_made_from_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"| {mean:.1f} [" in page or f"| {mean:.3f} [" in page
     assert main(["--report", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "REPORT.md").read_text() == page
-    assert section(tiny, {}) == ""
+    assert section(tiny, {}) == "### Tiny\n\nNot measured yet."
+    more = replace(tiny, variants=(*tiny.variants, "log-n", "static span"))
+    absent = "; ".join(VARIANTS[name].title for name in more.variants[2:])
+    assert f"\n\nNot measured yet: {absent}.\n\n" in section(more, counted(more, records))
+    assert "Not measured yet" not in section(tiny, counted(tiny, records))
     assert "Not measured yet." in report(tmp_path / "nothing")
 
 
