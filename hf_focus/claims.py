@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import FocusConfigError, FocusDataError, bad_value
 from .interface import global_name
 from .modeling import FocusMixin
+from .packing import count_bytes
 from .recording import record_focus
 
 # A weight above this counts as attended to
@@ -23,6 +24,7 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 DIGITS = 5
 # What the measures say, for who reads them
 MEANINGS = {
+    "bits_per_byte": "of the same texts, each token given those before it",
     "entropy": "nats: how widely a query's attention is spread",
     "entropy_share": "entropy / log n: 1 all keys alike (dispersed), 0 a single key",
     "effective_tokens": "exp(entropy): keys that share the attention",
@@ -232,6 +234,40 @@ def _passkey_prompt(tokenizer: PreTrainedTokenizerBase, length: int, random: Ran
     return torch.tensor([before + answer]), len(before)
 
 
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_tokens: int = 512,
+    show_progress: bool = False,
+) -> float:
+    """Bits that a causal model needs for a UTF-8 byte of some texts.
+
+    Args:
+        texts: of any length; of each the first `max_tokens` tokens are read, and all but the first of them predicted.
+        show_progress: a progress bar.
+
+    Raises:
+        FocusDataError: there is nothing to predict.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    nats, size = 0.0, 0
+    for text in tqdm(texts, desc="Scoring text", leave=False, disable=not show_progress):
+        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids = torch.tensor([encoded["input_ids"][:max_tokens]], device=device)
+        if ids.shape[1] > 1:
+            offsets = encoded["offset_mapping"] if tokenizer.is_fast else None
+            size += sum(count_bytes(text, len(encoded["input_ids"]), offsets)[1:max_tokens])
+            logits = model(input_ids=ids).logits[0, :-1].float()
+            nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+    model.train(was_training)
+    if not size:
+        raise FocusDataError(bad_value("texts", f"{len(texts)} of them", "at least one of two tokens"))
+    return nats / math.log(2) / size
+
+
 def measure_claims(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,8 +276,8 @@ def measure_claims(
     causal: bool = True,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Everything of this module on some texts: `measure_attention`, and `passkey_accuracy` of a causal model at an
-    eighth, a half and all of `max_tokens`.
+    """Everything of this module on some texts: `measure_attention`; and of a causal model `bits_per_byte`, and
+    `passkey_accuracy` at an eighth, a half and all of `max_tokens`.
 
     Args:
         texts: of any length; their first `max_tokens` tokens are read.
@@ -253,5 +289,6 @@ def measure_claims(
     results: dict[str, Any] = measure_attention(model, sequences, show_progress=show_progress)
     if causal:
         lengths = [max_tokens // 8, max_tokens // 2, max_tokens]
+        results["bits_per_byte"] = bits_per_byte(model, tokenizer, texts, max_tokens, show_progress)
         results |= passkey_accuracy(model, tokenizer, lengths, show_progress=show_progress)
     return results

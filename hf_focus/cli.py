@@ -175,7 +175,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
         hf-focus evaluate out --eval-files held-out.txt
         hf-focus evaluate out --train-files book.txt --json   # the share that fine-tuning held out with this seed
-        hf-focus evaluate out --claims                        # how attention is spread, ranks, a number hidden in text
+        hf-focus evaluate out --claims                        # bits per byte, spread of attention, rank, passkeys
         hf-focus evaluate textattack/bert-base-uncased-imdb --task sequence-classification \\
             --dataset stanfordnlp/imdb --eval-split test --max-eval-examples 1000
     """

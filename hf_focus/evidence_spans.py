@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .metric_entities import nearest, wrong_ends
+
 # Tags: 0 outside; 2k − 1 begins a span of kind k ≥ 1, 2k goes on with it
 OUTSIDE = 0
 Span = tuple[int, int, int]
@@ -31,18 +33,14 @@ def span_counts(predicted: Sequence[int], right: Sequence[int]) -> dict[str, flo
         one of their kind overlaps; boundary_errors: wrong ends of these (0, 1 or 2 each), against the found span that
         overlaps most.
     """
-    found, wanted = spans_of(predicted), spans_of(right)
+    # Half open, as `nearest` has them
+    found, wanted = ([(kind, first, last + 1) for kind, first, last in spans_of(tags)] for tags in (predicted, right))
     touched = errors = 0
-    for kind, first, last in wanted:
-        overlaps = [
-            (min(last, other[2]) - max(first, other[1]), other)
-            for other in found
-            if other[0] == kind and other[1] <= last and other[2] >= first
-        ]
-        if overlaps:
-            best = max(overlaps)[1]
+    for span in wanted:
+        best = nearest(span, found)
+        if best is not None:
             touched += 1
-            errors += (best[1] != first) + (best[2] != last)
+            errors += wrong_ends(span, best)
     return {
         "spans_found": float(len(found)),
         "spans_right": float(len(wanted)),

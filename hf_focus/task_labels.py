@@ -217,7 +217,7 @@ TOKEN_CLASSIFICATION = Task(
     collator=lambda source, args: DataCollatorForTokenClassification(source.tokenizer),
     count_targets=count_labels,
     score=_score_words,
-    reported=("loss", "accuracy", "precision", "recall", "f1"),
+    reported=("loss", "accuracy", "precision", "recall", "f1", "boundary_errors"),
     metrics={
         "perplexity": PERPLEXITY,
         "accuracy": ACCURACY,

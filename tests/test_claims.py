@@ -11,6 +11,7 @@ from hf_focus import apply_focus, record_focus
 from hf_focus.claims import (
     MEANINGS,
     attention_spread,
+    bits_per_byte,
     meaning,
     measure_attention,
     measure_claims,
@@ -72,7 +73,7 @@ def test_the_queries_asked_for_are_measured() -> None:
     model, asked = randomize(apply_focus(tiny_llama(), max_span=8, ramp=3)).eval(), torch.arange(IDS.shape[1]) > 20
     parts = [measure_attention(model, [IDS], queries=queries) for queries in (asked, ~asked, None)]
     share = asked.float().mean().item()
-    for name in MEANINGS:
+    for name in MEANINGS.keys() - {"bits_per_byte"}:
         one, other, whole = (part[name] for part in parts)
         assert share * one + (1 - share) * other == pytest.approx(whole), name
         assert one != other or name in ("attended", "rank_residual", "rank_residual_ratio"), name
@@ -125,9 +126,27 @@ def test_rank_by_layer() -> None:
     assert [*by_layer, found["rank_residual"]] == pytest.approx(expected, rel=1e-4)
 
 
+def test_bits_per_byte_are_those_of_the_loss() -> None:
+    model, tokenizer = tiny_llama().train(), byte_tokenizer()
+    texts = ["A short text.", "nïcödé", "x"]
+    with torch.no_grad():
+        losses = [model.eval()(**(e := tokenizer(text, return_tensors="pt")), labels=e["input_ids"]) for text in texts]
+        model.train()
+    # A token is a byte; of each text all but the first are predicted
+    sizes = [len(text.encode()) - 1 for text in texts]
+    bits = sum(out.loss.item() * size for out, size in zip(losses, sizes, strict=True) if size) / math.log(2)
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(bits / sum(sizes), rel=1e-5)
+    assert model.training
+    shorter = bits_per_byte(model, tokenizer, [text[:4] for text in texts[:1]])
+    assert bits_per_byte(model, tokenizer, texts[:1], max_tokens=4) == pytest.approx(shorter, rel=1e-5)
+    with pytest.raises(FocusDataError, match="at least one of two tokens"):
+        bits_per_byte(model, tokenizer, ["x", ""])
+
+
 def test_all_of_them_on_text() -> None:
     found = measure_claims(tiny_llama(), byte_tokenizer(), ["A short text.", "Another one."], max_tokens=32)
     assert found["rank_residual"] > 0
+    assert found["bits_per_byte"] > 0
     assert all(meaning(name) for name in found)
     assert "512 tokens" in meaning("passkey_512")
     assert not any(name.startswith("passkey") for name in found)

@@ -342,7 +342,12 @@ def test_metrics_of_tasks_by_hand() -> None:
     entities = load_metric("entities")
     predicted, right = [["B-A", "I-A", "O"], ["B-B", "O"]], [["B-A", "I-A", "O"], ["B-A", "B-A"]]
     found = entities.compute(predictions=predicted, references=right)
-    assert found == pytest.approx({"precision": 1 / 2, "recall": 1 / 3, "f1": 0.4})
+    # The second sentence's B is no A: both of its entities are missed, with two ends each
+    assert found == pytest.approx({"precision": 1 / 2, "recall": 1 / 3, "f1": 0.4, "boundary_errors": 4 / 3})
+    found = entities.compute(predictions=[["B-A", "I-A", "B-A", "O"]], references=[["O", "B-A", "I-A", "I-A"]])
+    assert found["boundary_errors"] == 2
+    found = entities.compute(predictions=[["O", "B-A", "O", "B-B"]], references=[["B-A", "I-A", "O", "B-B"]])
+    assert found["boundary_errors"] == 1 / 2
     assert load_metric("entities").compute(predictions=[["NOUN"]], references=[["NOUN"]]) == {}
     answers = load_metric("answers")
     rows = {
