@@ -111,7 +111,9 @@ def _focus(case: Case, inputs: dict[str, Tensor], settings: dict[str, object]) -
         with torch.no_grad():
             iterations = focus_attention(**inputs, **settings).iterations
         reach = (inputs["span"].detach() + RAMP).ceil().clamp_max(case.span)
-        return band_facts(case, band_keys(case, reach), iterations, query_block("cpu", case.span))
+        return band_facts(
+            case, band_keys(case, reach), iterations, query_block("cpu", reach.amax().item(), case.batch * case.heads)
+        )
 
     leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
     return Call(lambda: focus_attention(**inputs, **settings).output, leaves, case.training, facts)

@@ -12,11 +12,16 @@ from .iteration import unit_epsilon
 from .masks import read_mask
 from .problem import FocusProblem, changed
 
-# Queries of a cell, fewer where spans are short, and the most scores that it holds: measured, so that all iterations
-# stay in a core's cache. A device without caches to fit wants fewer and larger launches
+# Queries of a cell and the most scores that it holds: measured, so that all iterations stay in a core's cache. A
+# device without caches to fit wants fewer and larger launches
 QUERY_BLOCK = {"cpu": 96}
-NARROW_QUERY_BLOCK = {"cpu": 64}
+# Fewer where no span of the problem reaches further than so many keys: most of what a cell computes would be masked.
+# The fewest pay where they have heads enough, over all rows, to be worth their launches
 NARROW = 64
+NARROW_QUERY_BLOCK = {"cpu": 64}
+NARROWEST = 16
+NARROWEST_QUERY_BLOCK = {"cpu": 32}
+MANY_HEADS = 32
 OTHER_QUERY_BLOCK = 256
 MOST_SCORES = {"cpu": 2**19}
 OTHER_MOST_SCORES = 2**26
@@ -65,9 +70,27 @@ def without_empty_rows(bias: Tensor) -> tuple[Tensor, Tensor | None]:
     return bias.masked_fill(empty, 0), empty
 
 
-def query_block(device: str, max_span: int) -> int:
-    """Queries of a cell on a type of device."""
-    return (NARROW_QUERY_BLOCK if max_span <= NARROW else QUERY_BLOCK).get(device, OTHER_QUERY_BLOCK)
+def query_block(device: str, reach: float, heads: int) -> int:
+    """Queries of a cell on a type of device.
+
+    Args:
+        reach: the largest distance at which any query can see a key.
+        heads: of all rows of the batch together.
+    """
+    blocks = NARROW_QUERY_BLOCK if reach <= NARROW else QUERY_BLOCK
+    if reach <= NARROWEST and heads >= MANY_HEADS:
+        blocks = NARROWEST_QUERY_BLOCK
+    return blocks.get(device, OTHER_QUERY_BLOCK)
+
+
+def longest_reach(problem: FocusProblem) -> float:
+    """The largest distance at which a query of `problem` can see a key, as far as the host may know."""
+    most = problem.max_span - 1
+    if not problem.span.numel() or not reads_are_free(problem.span):
+        return most
+    # A span that is no number hides nothing
+    longest = problem.span.detach().amax().item() + problem.ramp
+    return min(longest, most) if longest == longest else most
 
 
 def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iterator[Cell]:
@@ -76,8 +99,8 @@ def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iter
     `kept` is of how many iterations the scores are held at once.
     """
     device = problem.query.device.type
-    size = size or query_block(device, problem.max_span)
     batch, heads, length = problem.query.shape[:3]
+    size = size or query_block(device, longest_reach(problem), batch * heads)
     num_keys, offset = problem.key.shape[2], problem.query_offset
     for number, reach in enumerate(_reaches(problem, size)):
         start, stop = number * size, min((number + 1) * size, length)

@@ -101,16 +101,20 @@ def measure_spread(model: PreTrainedModel, task: Task, settings: Mapping[str, An
     return {name: sum(values[name] for values in found) / size for name in found[0]}
 
 
-def measure_cost(model: nn.Module, task: Task, settings: Mapping[str, Any], device: str) -> dict[str, float]:
-    """`count_flops` and, of causal models, `keys_read`; where `Task.cost_on` is set also `run_cost`: on one fresh
-    example."""
+def measure_cost(
+    model: nn.Module, task: Task, settings: Mapping[str, Any], device: str, batch_size: int
+) -> dict[str, float]:
+    """`count_flops` of a fresh batch as in training; and of one fresh example, of causal models, `keys_read`, and
+    where `Task.cost_on` is set `run_cost`."""
     if task.cost_on is not None:
         settings = {**settings, **task.tests[task.cost_on]}
-    batch = task.batch(1, torch.Generator().manual_seed(TEST_SEED), settings).to(device)
+    many, batch = (
+        task.batch(size, torch.Generator().manual_seed(TEST_SEED), settings).to(device) for size in (batch_size, 1)
+    )
     inputs = model_inputs(batch, task)
     was_training = model.training
     model.eval()
-    cost = {"flops": count_flops(model, **inputs)}
+    cost = {"flops": count_flops(model, **model_inputs(many, task))}
     if not task.encoder:
         cost |= keys_read(model, **inputs)
     if task.cost_on is not None:

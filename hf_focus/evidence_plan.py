@@ -127,7 +127,7 @@ class Group:
         if not self.equal_flops or variant == self.baseline:
             return self.steps
         changes, sizes = tuple(self.settings.items()), Sizes(**self.sizes)
-        ours, baseline = (_flops(self.task, changes, sizes, name) for name in (variant, self.baseline))
+        ours, baseline = (_flops(self.task, changes, sizes, name, self.batch) for name in (variant, self.baseline))
         return round(self.steps * baseline / ours)
 
     def tuning_rows(self) -> list[Row]:
@@ -164,9 +164,9 @@ class Group:
 
 
 @lru_cache
-def _flops(task_name: str, changes: tuple[tuple[str, Any], ...], sizes: Sizes, variant: str) -> float:
-    """Of a new model of a variant, a token."""
+def _flops(task_name: str, changes: tuple[tuple[str, Any], ...], sizes: Sizes, variant: str, examples: int) -> float:
+    """Of a new model of a variant, a token of so many examples at once."""
     task = find_task(task_name)
     settings = task.with_settings(dict(changes))
-    batch = task.batch(1, torch.Generator().manual_seed(0), settings)
+    batch = task.batch(examples, torch.Generator().manual_seed(0), settings)
     return count_flops(build(task, settings, variant, sizes, 0), **model_inputs(batch, task))

@@ -103,7 +103,7 @@ def run_row(
         "variant": row.variant,
         **row.key,
         "parameters": count(model),
-        "cost": measure_cost(model, task, settings, device),
+        "cost": measure_cost(model, task, settings, device, row.batch),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "results": results,
         "curve": curve,

@@ -70,6 +70,40 @@ def test_a_span_that_is_no_number_reads_all() -> None:
     assert reaches[1] == 31 + 32
 
 
+@pytest.mark.parametrize(
+    ("batch", "longest", "size"),
+    [
+        (1, 8.0, 64),
+        (16, 8.0, 32),
+        (16, 12.0, 32),
+        (16, 13.0, 64),
+        (16, 60.0, 64),
+        (16, 61.0, 96),
+        (16, float("nan"), 96),
+    ],
+)
+def test_cells_have_fewer_queries_where_no_span_is_long_and_heads_are_many(
+    batch: int, longest: float, size: int
+) -> None:
+    span = torch.full((batch, 2, 200), 1.0)
+    span[-1, 0, 100] = longest
+    p = problem_of(span, 200, max_span=128, ramp=4)
+    assert {cell.queries.stop - cell.queries.start for cell in cells.cells(p)} == {size, 200 % size}
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_smallest_cells_are_exact(is_causal: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(8, 4, 70, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    span = (torch.rand(8, 4, 70, dtype=torch.float64) * 12).requires_grad_()
+    leaves, found = (query, key, value, span), []
+    for backend in ("blocked", "reference"):
+        output = focus_attention(*leaves, max_span=128, ramp=4, is_causal=is_causal, backend=backend).output
+        found.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
 def test_buffers_of_a_name_share_memory_and_grow() -> None:
     buffers = cells.Buffers(torch.zeros(1), torch.float32)
     small = buffers("a", 2, 3)
