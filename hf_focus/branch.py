@@ -63,7 +63,9 @@ class FocusBranch(nn.Module):
         iterates = config.max_iterations > 1
         normalized = iterates and config.feedback == "normalized"
         mixture = iterates and config.readout == "mixture"
-        self.feedback_matrix = _parameter(iterates, num_heads, value_head_dim, head_dim)
+        self.feeds_keys = iterates and config.feedback_through == "keys"
+        fed_dim = head_dim if self.feeds_keys else value_head_dim
+        self.feedback_matrix = _parameter(iterates, num_heads, fed_dim, head_dim)
         self.mix = _parameter(normalized, num_heads)
         self.log_gain = _parameter(normalized, num_heads)
         self.readout_weight = _parameter(mixture, num_heads, head_dim, config.max_iterations)
@@ -190,9 +192,14 @@ class FocusBranch(nn.Module):
         # How often to look does not depend on where in the text a token is
         asking = query if angles is None or self.readout_weight is None else rotate_back(query, angles, pairs)
         span, temperature = self.span(scale, count_in_span(num_visible, scale * config.max_span, is_causal))
+        matrix = self._feedback_matrix(layer_feedback)
+        if self.feeds_keys:
+            # Keys beside the values, of which F takes the keys; these are rotated already
+            value, angles = torch.cat([value, key], dim=-1), None
+            matrix = torch.nn.functional.pad(matrix, (0, 0, self.value_head_dim, 0))
         options = {
             "readout_weights": self._readout_weights(asking, global_output),
-            "feedback_matrix": self._feedback_matrix(layer_feedback),
+            "feedback_matrix": matrix,
             "rotation": angles,
             "rotary_pairs": pairs,
             "mix": None if self.mix is None else _wide(self.mix).sigmoid(),
@@ -223,6 +230,8 @@ class FocusBranch(nn.Module):
             backend=config.backend,
             **options,
         )
+        if self.feeds_keys:
+            local = local._replace(output=local.output[..., : self.value_head_dim])
         output = local.output
         if correction is not None:
             output = correction.learn(local, self.span, partial(kept_mass, query, key, value, **options), num_keys)
@@ -250,7 +259,7 @@ class FocusBranch(nn.Module):
         return matrix + (self._identity(matrix) if of_layer is None else of_layer)
 
     def _identity(self, like: Tensor) -> Tensor:
-        return torch.eye(self.value_head_dim, self.head_dim, dtype=like.dtype, device=like.device)
+        return torch.eye(*like.shape[1:], dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
     def fold_feedback(self, of_layer: Tensor) -> None:

@@ -56,7 +56,7 @@ _RULES = {
     "sharpen": BOOL,
     "temp_scale": NON_NEGATIVE,
     "feedback": choice("normalized", "additive"),
-    "feedback_through": choice("features", "layer"),
+    "feedback_through": choice("features", "layer", "keys"),
     "rotate_feedback": BOOL,
     "global_rotation": _FRACTION,
     "global_exponent_start": optional(number("a number", lambda value: True)),
@@ -129,7 +129,9 @@ class FocusConfig:
         feedback_through: where F, which makes a query of an output, starts from: `"features"` (the identity: a head's
             output is taken for a query) or `"layer"` (the layer's own output and query projections, W_O·W_Q of each
             head: what the query projection makes of what the head writes, without norms, gates and position encodings
-            on the way). Either way a difference to it is learned; with `"layer"` F moves with the projections, and
+            on the way). Either way a difference to it is learned. `"keys"` feeds back the mean of the keys that a head
+            attended to and not of the values (modern Hopfield networks, 2008.02217): to compare with, it looks again
+            for what it has found. With `"layer"` F moves with the projections, and
             `fold_feedback(model)` makes it a fixed matrix: decode after that, since W_O·W_Q costs each call more than
             a token does. Needs separate projections on the attention module.
         rotate_feedback: in layers with rotary positions, rotate what is fed back into a query as the query is, and

@@ -31,13 +31,13 @@ PARTS = ("focus", "plain", "hybrid", "log-n", "refiner", "static span")
 # What each part adds, where a model is small and quickly solved; and the parts that matter most, where it is not
 SCREENED = (
     "focus", "1 iteration", "2 iterations", "10 iterations", "refiner", "refiner of the seed", "refiner of the loss",
-    "static span", "fixed span", "long span", "last", "through features", "additive", "of the seed", "anchored",
+    "static span", "fixed span", "long span", "last", "through features", "through keys", "additive", "of the seed", "anchored",
     "not rotated", "not normalized", "full start", "even start", "read-out from both", "local start 0", "bias 2",
     "no stop", "relative stop", "seed temperature", "fixed temperature", "focus rate 3",
 )  # fmt: skip
 MAIN_PARTS = (
     "focus", "1 iteration", "2 iterations", "10 iterations", "refiner", "refiner of the seed", "static span", "last",
-    "through features", "additive", "fixed temperature", "not rotated", "not normalized",
+    "through features", "through keys", "additive", "fixed temperature", "not rotated", "not normalized",
 )  # fmt: skip
 BITS = Measure("bits per byte, held out", ("results", "held out", "bits_per_byte"), lower_is_better=True)
 LONG_BITS = Measure(
@@ -147,8 +147,7 @@ GROUPS: dict[str, Group] = {
                settings={"length": 128}, batch=16, steps=600),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
         _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
-        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS,
-                steps=6000),
+        _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
         _k_step("k-step-3-ablations", 3, SCREENED, "k-step lookup, k ≤ 3: what each part adds", baseline="focus",
                 rates=(2e-3,)),
         _k_step("k-step-5-ablations", 5, MAIN_PARTS, "k-step lookup, k ≤ 5: what each part adds", baseline="focus",

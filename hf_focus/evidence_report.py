@@ -27,8 +27,8 @@ CLAIMS = {
 TITLE = """# Evidence: what FocusA is good for
 
 Small models with and without FocusA, at equal parameters, data, steps and tuning, on a task for each claim. Every
-figure is measured by `python scripts/evidence.py`; this page is written from the rows in `results/` by
-`python scripts/evidence.py --report`.
+figure in a table is measured by `python scripts/evidence.py`; this page is written from the rows in `results/` by
+`python scripts/evidence.py --report`. Notes below tables also tell of tries whose rows are not kept.
 """
 _SETTINGS = ", ".join(f"`{name}={value!r}`" for name, value in FROM_SCRATCH.items())
 METHOD = f"""## How it was measured
@@ -42,15 +42,18 @@ METHOD = f"""## How it was measured
   training (recall, passkey, needles), the global branch rotates a quarter of each head (`global_rotation=0.25`),
   which was chosen on recall. Where it stands among more tokens than in training (passkey, needles, max-retrieval),
   the logits of the global branch grow with their number (`global_exponent_start=1`), which was chosen on max-retrieval
-  and a single needle; on text at equal FLOPs they grow more slowly (0.5, chosen there). All tries were on seeds that
-  are in no table.
+  and a single needle; on text at equal FLOPs they grow more slowly (0.5, chosen there). Values were picked on seeds
+  that are in no table, but often after those in a table had shown where FocusA lost; the target on the entropy of text
+  came together with the setting that reaches it.
 - **One pass** is the same layer with `max_iterations=1`: a sliding window beside full attention.
 - **Equal**: models of a table have the same number of parameters (± 2%: the MLP is widened to match; "one more layer"
   has more; "four times through the layer" uses one layer's weights four times), read the same examples in the same
   order and make as many steps; decoders have tied embeddings. FocusA computes more: up to `max_iterations` local
-  attentions a layer. Where the grid has several learning rates, each model chooses from it on seeds that enter no
-  figure; tables of ablations have one rate, which FocusA had been tried at. On long texts FocusA was run at the larger
-  rate alone.
+  attentions a layer. Where the grid has several learning rates, two as a rule, each model chooses from it on a seed
+  that enters no figure (the numbers of two keys: on two); tables of ablations have one rate, which FocusA had been
+  tried at. On long texts FocusA was run at the larger rate alone.
+- **Equal FLOPs** are those of a training batch's matrix products forward, in an untrained model: masked ones that are
+  computed count, and what backward computes again does not. Nor does the rest of the time, which is in the tables.
 - **A model that is not solved** may be on a plateau that more steps would leave: a table says what was reached in its
   steps, not what a model can represent. (Three layers can make two look-ups, and in these steps seldom learn to.)
 - **Figures** are means over seeds with their 95% interval, [low, high] (Student's t). Each model is compared with the

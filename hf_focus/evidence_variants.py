@@ -138,6 +138,7 @@ VARIANTS: dict[str, Variant] = {
     "not rotated": _focus("feedback not rotated", rotate_feedback=False),
     "not normalized": _focus("feedback not rotated, queries not normalised", qk_norm=False, rotate_feedback=False),
     "through features": _focus("feedback through the features alone", feedback_through="features"),
+    "through keys": _focus("the keys fed back, not the values", feedback_through="keys"),
     "additive": _focus("additive feedback", feedback="additive"),
     "of the seed": _focus(
         "additive feedback through the features, read-out last and the seed's reward (the seed)",

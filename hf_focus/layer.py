@@ -123,7 +123,7 @@ class FocusA(nn.Module):
         if is_causal and self.config.span_granularity != "token":
             accepted = "'token' with is_causal=True, since a mean would show a token its future"
             raise FocusConfigError(bad_value("span_granularity", self.config.span_granularity, accepted))
-        if self.config.feedback_through != "features":
+        if self.config.feedback_through == "layer":
             accepted = "'features': here the features of a head are its query, and there is no projection between them"
             raise FocusConfigError(bad_value("feedback_through", self.config.feedback_through, accepted))
         if self.config.global_exponent_start is not None:

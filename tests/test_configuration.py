@@ -37,7 +37,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "sharpen": FLAG,
     "temp_scale": NON_NEGATIVE,
     "feedback": (["normalized", "additive"], ["none", "", None, 1, True]),
-    "feedback_through": (["features", "layer"], ["query", "", None]),
+    "feedback_through": (["features", "layer", "keys"], ["query", "", None]),
     "rotate_feedback": FLAG,
     "global_rotation": FRACTION,
     "global_exponent_start": ([None, 0, 1, -0.5], ["1", True, float("nan")]),
