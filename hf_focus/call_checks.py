@@ -25,7 +25,9 @@ def check_call(
             " devices (tensor parallelism) are not supported."
         )
     length, num_keys = query.shape[2], key.shape[2]
-    if not is_causal and length != num_keys:
+    # A prefix that sees all of itself: what is decoded after it comes with a cache
+    cached = length < num_keys and getattr(module, "layer_idx", None) is not None
+    if not is_causal and length != num_keys and not cached:
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} attends from {length} to {num_keys} tokens: FocusA goes on self-attention;"
             " choose what to patch with FocusConfig(modules=…)."

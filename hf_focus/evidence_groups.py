@@ -31,9 +31,9 @@ PARTS = ("focus", "plain", "hybrid", "log-n", "refiner", "static span")
 # What each part adds, where a model is small and quickly solved; and the parts that matter most, where it is not
 SCREENED = (
     "focus", "1 iteration", "2 iterations", "10 iterations", "refiner", "refiner of the seed", "refiner of the loss",
-    "static span", "fixed span", "long span", "last", "through features", "through keys", "additive", "of the seed", "anchored",
-    "not rotated", "not normalized", "full start", "even start", "read-out from both", "local start 0", "bias 2",
-    "no stop", "relative stop", "seed temperature", "fixed temperature", "focus rate 3",
+    "static span", "fixed span", "long span", "last", "through features", "through keys", "additive", "of the seed",
+    "anchored", "not rotated", "not normalized", "full start", "even start", "read-out from both", "local start 0",
+    "bias 2", "no stop", "relative stop", "seed temperature", "fixed temperature", "focus rate 3",
 )  # fmt: skip
 MAIN_PARTS = (
     "focus", "1 iteration", "2 iterations", "10 iterations", "refiner", "refiner of the seed", "static span", "last",

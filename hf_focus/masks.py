@@ -32,25 +32,35 @@ def read_mask(mask: Tensor | BandMask, rows: slice, columns: slice, batch: slice
 def find_query_offset(attention_mask: Tensor | None, length: int, num_keys: int, is_causal: bool) -> int | Tensor:
     """Position among the keys of the first query.
 
-    With a static cache the keys are the whole buffer, so the position is not S − T; the last key that a query may see
-    is its own, and a mask shows which that is.
+    With a static cache the keys are the whole buffer, so the position is not S − T; the last key that a causal query
+    may see is its own, and a mask shows which that is. Queries of an image, which see it whole, see later ones: the
+    first query of a sequence that is not padding tells. Of queries that all see one another the last key is that of
+    the last one.
 
     Args:
         attention_mask: (B, 1 or H, T, S) or None.
         length, num_keys: T and S.
+        is_causal: False: the queries see later ones too, and what a cache holds of before.
 
     Returns:
         An int, or a 0-dimensional int64 tensor where only the mask knows: nothing is read on the host.
     """
-    if length == num_keys or not is_causal:
+    if length == num_keys:
         return 0
     if attention_mask is None:
+        if not is_causal:
+            return num_keys - length
         # transformers leaves out the mask for one decoded token, and for the first tokens of an empty static cache
         return num_keys - 1 if length == 1 else 0
     keys = torch.arange(num_keys, device=attention_mask.device)
-    last = (is_visible(attention_mask) * keys).amax(dim=-1)
-    # Rows of padding see nothing and give too little: the largest is right
-    return (last - torch.arange(length, device=last.device)).amax()
+    last = torch.where(is_visible(attention_mask), keys, -1).amax(dim=-1)
+    if not is_causal:
+        return last.amax() - (length - 1)
+    # Padding on the left sees nothing, and its key may be the last of nobody
+    place = last - torch.arange(length, device=last.device)
+    first = (last >= 0).to(torch.int8).argmax(dim=-1, keepdim=True)
+    found = place.gather(-1, first)
+    return torch.where(last.gather(-1, first) >= 0, found, num_keys).amin()
 
 
 def gather_reach(

@@ -32,6 +32,7 @@ from .interface import focus_name, global_name, register_interface
 from .model_masks import as_tensor
 from .penalty import with_span_penalty
 from .refiner import Refiner
+from .routing import change_class
 from .sites import Site, build_branches, install, plan, with_rotary
 from .span import AdaptiveSpan, Predictor
 
@@ -357,7 +358,7 @@ def _depth(config: PreTrainedConfig) -> int:
 def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
     """Give the models of a plan their Focus classes and configs."""
     for holder in adoption.holders:
-        holder.__class__ = focus_model_class(type(holder))
+        change_class(holder, focus_model_class(type(holder)))
         # transformers looks up by the class's name what a model can return besides its output (hidden states, …);
         # its registry took the name itself as key before 5.23, and the model since
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(holder)), holder._can_record_outputs)

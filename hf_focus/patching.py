@@ -15,7 +15,7 @@ from .focus_configs import is_focus, repoint, to_base
 from .modeling import FocusMixin, adopt, plan_adoption
 from .projections import layer_feedback
 from .rotation_hooks import stop_handing_on
-from .routing import unrouted_class
+from .routing import change_class, unrouted_class
 from .sites import build_branches, install, plan, with_rotary
 
 
@@ -85,11 +85,11 @@ def remove_focus(model: PreTrainedModel) -> PreTrainedModel:
         module = model.get_submodule(path.rpartition(".")[0])
         delattr(module, "focus")
         stop_handing_on(module)
-        module.__class__ = unrouted_class(type(module))
+        change_class(module, unrouted_class(type(module)))
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         if isinstance(module, FocusMixin):
-            module.__class__ = type(module).base_class
+            change_class(module, type(module).base_class)
         for value in vars(module).values():
             if isinstance(value, PreTrainedConfig) and is_focus(value):
                 to_base(value, configs)

@@ -51,7 +51,9 @@ def with_span_penalty(forward: Callable[..., Any]) -> Callable[..., Any]:
     # Trainer and generate read the signature, which `wraps` keeps
     @functools.wraps(forward)
     def penalized(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weight = self.config.focus_config["span_penalty"]
+        # None: FocusA was taken off a model whose forward something else wraps, and still calls this one
+        settings = getattr(self.config, "focus_config", None)
+        weight = 0 if settings is None else settings["span_penalty"]
         if not weight or not self.training or not torch.is_grad_enabled():
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():

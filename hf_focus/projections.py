@@ -28,7 +28,8 @@ def find_projections(module: nn.Module, num_heads: int, head_dim: int, value_hea
         accepted = (
             f"'features' for {type(module).__name__}: 'layer' needs a query projection ({' or '.join(QUERY)}) with"
             f" weight ({rows}, width) and an output projection ({' or '.join(OUTPUT)}) with weight (width, {columns}),"
-            " neither quantized nor wrapped by DoRA; fold_feedback(model) before you quantize keeps what was trained"
+            " neither quantized nor wrapped by PEFT (but for LoRA without DoRA); fold_feedback(model) before you"
+            " quantize keeps what was trained"
         )
         raise FocusConfigError(bad_value("feedback_through", "layer", accepted))
     return query, output
@@ -66,8 +67,10 @@ def _weight(module: nn.Module, names: tuple[str, ...]) -> Tensor | None:
 
 def _with_lora(projection: nn.Module, weight: Tensor) -> Tensor | None:
     """The weight that a projection wrapped by PEFT acts with, as merging would make it; None: it cannot be told."""
-    if not hasattr(projection, "lora_A") or projection.merged or projection.disable_adapters:
+    if not hasattr(projection, "base_layer") or projection.merged or projection.disable_adapters:
         return weight
+    if not hasattr(projection, "lora_A"):
+        return None
     adapters = [name for name in projection.active_adapters if name in projection.lora_A]
     if any(projection.use_dora.get(name, False) for name in adapters):
         return None

@@ -65,8 +65,10 @@ class Refiner(nn.Module):
         self.register_buffer("num_updates", torch.empty(1, dtype=torch.long))
         # Errors and counts of all pairs; sums, sums of squares and number of the statistics
         size = 2 * states * actions + 2 * NUM_FEATURES + 1
-        self.register_buffer("pending", torch.empty(size, dtype=torch.float32), persistent=False)
-        self.register_buffer("fingerprint", torch.empty(1, dtype=torch.float32), persistent=False)
+        # No checkpoint has these: who fills an empty model (`init_empty_weights`) from one would leave them on "meta"
+        device = "cpu" if self.table.is_meta else None
+        self.register_buffer("pending", torch.empty(size, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("fingerprint", torch.empty(1, dtype=torch.float32, device=device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,7 +131,7 @@ class Refiner(nn.Module):
         Args:
             over: (1,) bool, False: nothing is taken in, and all stays pending; None: True.
         """
-        if self.pending.is_meta:
+        if self.table.is_meta:
             # While a checkpoint is loaded there is nothing to take in
             return
         sums = self.pending if over is None else torch.where(over, self.pending, 0)
@@ -210,7 +212,7 @@ class Refiner(nn.Module):
     def _update_statistics(self, total: Tensor, squares: Tensor, count: Tensor) -> None:
         mean = total / count.clamp_min(1)
         variance = (squares / count.clamp_min(1) - mean.square()).clamp_min(0)
-        momentum = (1 / (self.num_updates + 1)).clamp_min(LEAST_MOMENTUM) * (count > 0)
+        momentum = (self.num_updates + 1).to(mean.dtype).reciprocal().clamp_min(LEAST_MOMENTUM) * (count > 0)
         drift = mean - self.mean
         self.variance.lerp_(variance, momentum).add_(momentum * (1 - momentum) * drift.square())
         self.mean.lerp_(mean, momentum)

@@ -34,6 +34,16 @@ _SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 _BADDBMM = {torch.baddbmm, torch.Tensor.baddbmm}
 
 
+def change_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """Give `module` another class. accelerate's hooks (`device_map`) keep the forward that they wrap, bound: they get
+    that of the new class, and would else go on with the old one."""
+    wrapped = getattr(vars(module).get("_old_forward"), "__func__", None)
+    follows = wrapped is not None and wrapped is type(module).forward
+    module.__class__ = to
+    if follows:
+        module._old_forward = to.forward.__get__(module)
+
+
 class Route(TorchFunctionMode):
     """Watches one forward of one attention module, and puts FocusA's output in the place of its own.
 

@@ -14,7 +14,7 @@ from .configuration import FocusConfig
 from .errors import FocusConfigError, NoMatchingLayerError, UnsupportedArchitectureError, bad_value
 from .projections import find_projections
 from .rotation_hooks import RotationHook, find_rotation, hand_on_rotation
-from .routing import routed_class, unrouted_class
+from .routing import change_class, routed_class, unrouted_class
 
 
 @dataclass(frozen=True)
@@ -262,4 +262,4 @@ def install(sites: list[Site], branches: dict[str, FocusBranch]) -> None:
         hand_on_rotation(site.module, site.rotation_hook)
         if site.route is not None:
             branches[site.path].route = site.route
-            site.module.__class__ = routed_class(type(site.module))
+            change_class(site.module, routed_class(type(site.module)))

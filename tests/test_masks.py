@@ -60,9 +60,24 @@ def test_query_offset_of_a_batch() -> None:
     assert find_query_offset(mask, 2, 10, is_causal=True).item() == 4
 
 
+def test_query_offset_beside_queries_that_see_later_ones() -> None:
+    """Of an image, in the middle or at the end; and padding on the right of all rows, whose own keys nobody sees."""
+    mask = causal_mask(6, 12, 3, padded=1)
+    for image in (slice(1, 4), slice(2, 6)):
+        seen = mask.clone()
+        seen[:, :, image, 3 + image.start : 3 + image.stop] = True
+        assert find_query_offset(seen, 6, 12, is_causal=True).item() == 3
+    padded = mask.clone()
+    padded[..., 6:] = False
+    assert find_query_offset(padded, 6, 12, is_causal=True).item() == 3
+    # All of them one another, after some that a cache holds
+    mask[..., :9] = True
+    assert find_query_offset(mask, 6, 12, is_causal=False).item() == 3
+
+
 @pytest.mark.parametrize(
     ("length", "num_keys", "is_causal", "offset"),
-    [(5, 5, True, 0), (1, 9, True, 8), (4, 12, True, 0), (5, 5, False, 0), (3, 8, False, 0)],
+    [(5, 5, True, 0), (1, 9, True, 8), (4, 12, True, 0), (5, 5, False, 0), (3, 8, False, 5), (1, 9, False, 8)],
 )
 def test_query_offset_without_a_mask(length: int, num_keys: int, is_causal: bool, offset: int) -> None:
     found = find_query_offset(None, length, num_keys, is_causal)

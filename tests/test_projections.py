@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from tiny import SETTINGS, TINY, logits, make_inputs, patched, randomize, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -175,6 +175,15 @@ def test_dora_is_refused_by_name() -> None:
     model = apply_focus(TINY["llama"].build(), THROUGH_LAYER)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(FocusConfigError, match=r"'layer'.*DoRA"):
+        adapted(input_ids=tokens())
+
+
+@pytest.mark.parametrize("kind", [IA3Config, LoHaConfig])
+def test_adapters_whose_effect_cannot_be_told_are_refused(kind: type[PeftConfig]) -> None:
+    model = apply_focus(TINY["llama"].build(), THROUGH_LAYER)
+    extra = {"feedforward_modules": []} if kind is IA3Config else {}
+    adapted = get_peft_model(model, kind(target_modules=["q_proj"], **extra))
+    with pytest.raises(FocusConfigError, match=r"'layer'.*PEFT"):
         adapted(input_ids=tokens())
 
 
