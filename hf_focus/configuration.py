@@ -98,9 +98,9 @@ class FocusConfig:
         max_iterations: most attention passes that one query makes over its span.
         max_dist: how far the *global* branch looks, in tokens; None: as far as the model does. With it set, attention
             costs O(tokens × max_dist), and `generate` of a decoder runs in constant memory: its cache keeps the sinks
-            and the last max(max_dist, max_span) tokens (`FocusCache`). A cache that you pass or choose by
-            `cache_implementation`, and one that the model makes when it is called directly, keeps what it always
-            keeps, with the same results; so does every cache where `layers` leaves layers unpatched.
+            and the last max(max_dist, max_span) tokens (`FocusCache`). A cache that you pass, or choose by a
+            `cache_implementation` other than `"dynamic"`, and one that the model makes when it is called directly,
+            keeps what it always keeps, with the same results; so does every cache where `layers` leaves layers unpatched.
         sink_tokens: first tokens of a sequence that stay visible to the global branch under `max_dist` (StreamingLLM,
             2309.17453). A layer with a sliding window of its own has none: it looks min(window, max_dist) far.
         layers: numbers of the layers to patch; None patches all.

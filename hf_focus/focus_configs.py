@@ -1,7 +1,7 @@
 """Config classes of patched architectures: `FocusLlamaConfig(LlamaConfig)`, made on demand for any config class."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
@@ -54,15 +54,34 @@ class FocusConfigMixin:
                 values[name].pop("transformers_version", None)
         return values
 
+    @property
+    def output_attentions(self) -> bool:
+        """As transformers': whether models return attention weights, which eager attention alone has."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        if value and global_name(self._attn_implementation) == "eager":
+            self._output_attentions = value
+        else:
+            PreTrainedConfig.output_attentions.fset(self, value)
+
+    def validate(self) -> None:
+        """As transformers', which knows the attention that FocusA wraps and not `"focus|eager"`."""
+        plain = copy.copy(self)
+        plain._attn_implementation_internal = global_name(self._attn_implementation)
+        super(FocusConfigMixin, plain).validate()
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', with `focus_config=` accepted as a `FocusConfig` too.
+        """As transformers', with `focus_config=` accepted as a `FocusConfig` too. What a dict does not name stays as
+        it was saved.
 
         Raises:
             FocusCheckpointError: a Focus model's config.json without a valid `focus_config`.
         """
-        config_dict = dict(config_dict)
-        if (override := kwargs.pop("focus_config", None)) is not None:
+        config_dict, override = dict(config_dict), kwargs.pop("focus_config", None)
+        if override is not None and not isinstance(override, Mapping):
             config_dict["focus_config"] = FocusConfig.build(override).to_dict()
         if config_dict.get("model_type") == cls.model_type:
             saved = config_dict.get("focus_format")
@@ -80,6 +99,8 @@ class FocusConfigMixin:
                 raise FocusCheckpointError(
                     f"config.json of this {cls.model_type} cannot be rebuilt: {error}"
                 ) from error
+        if isinstance(override, Mapping):
+            config_dict["focus_config"] = FocusConfig.build(config_dict.get("focus_config"), **override).to_dict()
         config_dict["focus_format"] = FORMAT
         # A plain checkpoint loads into a Focus class: its type is the base's
         config_dict["model_type"] = cls.model_type

@@ -208,3 +208,29 @@ def test_pipeline(tmp_path: Path) -> None:
     assert type(generator.model).__name__ == "FocusLlamaForCausalLM"
     result = generator("w3 w4 w5", max_new_tokens=5, min_new_tokens=5, do_sample=False, return_tensors=True)
     assert len(result[0]["generated_token_ids"]) == 8
+
+
+def test_a_dict_of_settings_changes_those_that_were_saved(tmp_path: Path) -> None:
+    apply_focus(TINY["llama"].build(), max_span=7, max_iterations=3).save_pretrained(tmp_path)
+
+    def load(settings: FocusConfig | dict[str, Any]) -> FocusConfig:
+        return AutoModelForCausalLM.from_pretrained(tmp_path, focus_config=settings).focus_config
+
+    assert load({"backend": "reference"}) == FocusConfig(max_span=7, max_iterations=3, backend="reference")
+    # A whole config says everything
+    assert load(FocusConfig(max_iterations=3)).max_span == FocusConfig().max_span
+    with pytest.raises(FocusConfigError, match="bakend"):
+        load({"bakend": "reference"})
+
+
+def test_attention_weights_may_be_asked_for_in_the_config(tmp_path: Path) -> None:
+    before, after = (TINY["llama"].build(attn_implementation="eager") for _ in range(2))
+    before.config.output_attentions = True
+    apply_focus(before)
+    apply_focus(after).config.output_attentions = True
+    for model in (before, after):
+        model.save_pretrained(tmp_path)
+        assert len(model(tokens()).attentions) == model.config.num_hidden_layers
+        assert json.loads((tmp_path / "config.json").read_text())["output_attentions"]
+    with pytest.raises(ValueError, match="output_attentions"):
+        apply_focus(TINY["llama"].build()).config.output_attentions = True
