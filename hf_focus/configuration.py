@@ -100,7 +100,8 @@ class FocusConfig:
             costs O(tokens × max_dist), and `generate` of a decoder runs in constant memory: its cache keeps the sinks
             and the last max(max_dist, max_span) tokens (`FocusCache`). A cache that you pass, or choose by a
             `cache_implementation` other than `"dynamic"`, and one that the model makes when it is called directly,
-            keeps what it always keeps, with the same results; so does every cache where `layers` leaves layers unpatched.
+            keeps what it always keeps, with the same results; so does every cache where `layers` leaves layers
+            unpatched.
         sink_tokens: first tokens of a sequence that stay visible to the global branch under `max_dist` (StreamingLLM,
             2309.17453). A layer with a sliding window of its own has none: it looks min(window, max_dist) far.
         layers: numbers of the layers to patch; None patches all.
