@@ -103,7 +103,7 @@ def fold_feedback(model: PreTrainedModel) -> PreTrainedModel:
     offloading; what is trained on from here trains F alone.
 
     Returns:
-        `model` itself, with `feedback_through="features"`; one that has it already is left as it is.
+        `model` itself, with `feedback_through="features"`; one that is not `"layer"` is left as it is.
 
     Raises:
         NotPatchedError: the model carries no FocusA.
@@ -111,6 +111,8 @@ def fold_feedback(model: PreTrainedModel) -> PreTrainedModel:
             offloaded.
     """
     branches = _own_branches(model)
+    if model.focus_config.feedback_through != "layer":
+        return model
     modules = {path: model.get_submodule(path.rpartition(".")[0]) for path in branches}
     feedback = {path: layer_feedback(modules[path], branch) for path, branch in branches.items()}
     for path, matrix in feedback.items():

@@ -6,7 +6,7 @@ from helpers import DIM, HEADS, assert_every_parameter_learns, branch_inputs, fi
 from small_runs import tiny_llama
 from tiny import randomize
 
-from hf_focus import FocusConfig, apply_focus
+from hf_focus import FocusConfig, apply_focus, fold_feedback
 from hf_focus.branch import FocusBranch
 from hf_focus.rotary import Rotation
 
@@ -58,3 +58,6 @@ def test_a_model_decodes_as_it_reads() -> None:
         cache = model(ids[:, :20], use_cache=True).past_key_values
         steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20, 30)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 20:], rtol=1e-4, atol=1e-5)
+    # There is nothing to fold
+    assert fold_feedback(model).focus_config.feedback_through == "keys"
+    assert torch.equal(model(ids).logits, whole)
