@@ -166,8 +166,9 @@ GROUPS: dict[str, Group] = {
                (BITS, LONG_BITS, FLOPS, *_TEXT_SPREAD), sizes=TEXT_SIZES, batch=8, steps=400,
                variants=("focus, short", "focus, soft", "plain", "hybrid, short"),
                equal_flops=True),
-        _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA (the patch adds its"
-               " parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8, rates=(1e-3,),
+        _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA, equal steps (the"
+               " patch adds its parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8,
+               rates=(1e-3,),
                variants=("focus, patched", "refiner, patched", "refiner of the seed, patched", "static span, patched",
                          "soft spans, patched", "soft spans, refiner, patched", "not rotated, patched", "plain",
                          "hybrid, patched", "normalized, patched", "focus through the layer, patched"),

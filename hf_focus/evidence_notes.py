@@ -68,6 +68,12 @@ NOTES: dict[str, str] = {
         and 1.05 on the two. Bits were 2.447 and 2.428 without, 2.440 and 2.435 with it there, and on the five seeds
         that count 2.448 without. At 1 it was 0.96 times, at 2.448 bits on the first seed.
     """,
+    "text-patched-equal-flops": """
+        Lost: the iteration costs a sixth of the steps, and at this rate each of them is worth more than what FocusA
+        adds. A mixture that starts on the first iterate, and three times the learning rate for FocusA alone, did no
+        better on a seed that does not count. One pass is level with full attention. At equal steps and the smaller
+        rate FocusA gains, see the next table.
+    """,
     "text-patched": """
         On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with edges of 8 tokens
         to 2.434; spans of at most 16 tokens to 2.422, and with those one pass to 2.431; full attention to 2.457. So

@@ -66,7 +66,7 @@ METHOD = f"""## How it was measured
   last query of a text of full length.
 - **Lost rows stay**. A target is judged from 5 seeds on (shares of seeds from 10 on), by the rule in its line: reached
   where the mean and its whole interval are within it (a difference: the mean, and an interval clear of 0). Ratios have
-  Fieller's interval. Twenty targets are twenty tests, and no p is corrected for that.
+  Fieller's interval. So many targets are as many tests, and no p is corrected for that.
 - **Not measured** yet is what a table says so of: planned models that no row is there of.
 - **Pictures**: a dot is a seed, the diamond the mean, the bar its interval, the dashed line the baseline's mean. A
   model has the same colour on the whole page; ablations are grey.

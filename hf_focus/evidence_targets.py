@@ -290,6 +290,9 @@ TARGETS: tuple[Target, ...] = (
            "hybrid, near"),
     Target(6, "Real text at equal training FLOPs: bits per byte", "less, interval clear of 0", "text-equal-flops",
            BetterBy("focus, short", "plain", BITS), "hybrid, short"),
-    Target(6, "Real text, patched after pretraining: bits per byte", "less, interval clear of 0", "text-patched",
+    Target(6, "Real text, patched after pretraining, at equal training FLOPs: bits per byte",
+           "less, interval clear of 0", "text-patched-equal-flops", BetterBy("focus, patched", "plain", BITS),
+           "hybrid, patched"),
+    Target(6, "… at equal steps: bits per byte", "less, interval clear of 0", "text-patched",
            BetterBy("focus, patched", "plain", BITS), "hybrid, patched"),
 )  # fmt: skip
