@@ -63,16 +63,18 @@ NOTES: dict[str, str] = {
         One pass does better: on text the iteration costs steps and gives nothing back. In 361 steps each FocusA came
         to 2.354 bits and one pass to 2.335, on a seed that does not count. With spans that start at half of 64 tokens,
         with soft ends, FocusA came to 2.749 there in as many FLOPs.
-        The global branch's exponent starts at 0.5, for its entropy: without one, entropy / log n at 4 times the length
-        was 1.12 times that at the length on two seeds that do not count, and 1.11 times on one that does; with it 1.04
-        and 1.05 on the two. Bits were 2.447 and 2.428 without, 2.440 and 2.435 with it there, and on the five seeds
-        that count 2.448 without. At 1 it was 0.96 times, at 2.448 bits on the first seed.
+        The global branch's exponent starts at 0.5, for its entropy. In 294 steps, as many as the FLOPs were of when
+        cells of short spans were larger, entropy / log n at 4 times the length was 1.12 times that at the length
+        without one, on two seeds that do not count, and with it 1.04 and 1.05; bits were 2.447 and 2.428 without, and
+        2.440 and 2.435 with it. On the five seeds that count it cost 0.006. At 1 it was 0.96 times, at 2.448 bits on
+        the first seed. A mixture that starts on the first iterate came to 2.428 in as many steps there, and two
+        iterations besides to 2.422.
     """,
     "text-patched-equal-flops": """
         Lost: the iteration costs a sixth of the steps, and at this rate each of them is worth more than what FocusA
         adds. A mixture that starts on the first iterate, and three times the learning rate for FocusA alone, did no
         better on a seed that does not count. One pass is level with full attention. At equal steps and the smaller
-        rate FocusA gains, see the next table.
+        rate FocusA gains, see the table before.
     """,
     "text-patched": """
         On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with edges of 8 tokens
