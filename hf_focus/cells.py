@@ -13,20 +13,16 @@ from .masks import read_mask
 from .problem import FocusProblem, changed
 
 # Queries of a cell and the most scores that it holds: measured, so that all iterations stay in a core's cache. A
-# device without caches to fit wants fewer and larger launches
-QUERY_BLOCK = {"cpu": 96}
-# Fewer where no span of the problem reaches further than so many keys: most of what a cell computes would be masked.
-# The fewest pay where they have heads enough, over all rows, to be worth their launches
-NARROW = 64
-NARROW_QUERY_BLOCK = {"cpu": 64}
-NARROWEST = 16
-NARROWEST_QUERY_BLOCK = {"cpu": 32}
-MANY_HEADS = 32
+# device without caches to fit wants fewer and larger launches. (Reach up to, heads of all rows from, queries): fewer
+# where no span reaches far, since most of what a cell computes would be masked; the fewest where they have heads
+# enough to be worth their launches
+QUERY_BLOCKS = {"cpu": ((16, 32, 32), (64, 0, 64), (math.inf, 0, 96))}
 OTHER_QUERY_BLOCK = 256
 MOST_SCORES = {"cpu": 2**19}
 OTHER_MOST_SCORES = 2**26
 # Bands are as wide as the longest span in them asks for, in steps, so that cells of one shape are many
 REACH_STEP = 32
+NARROW = 64
 NARROW_REACH_STEP = 8
 # Shapes of cells at the start of a sequence differ, and return only in the next rows of the batch
 MOST_BANDS = 32
@@ -77,20 +73,8 @@ def query_block(device: str, reach: float, heads: int) -> int:
         reach: the largest distance at which any query can see a key.
         heads: of all rows of the batch together.
     """
-    blocks = NARROW_QUERY_BLOCK if reach <= NARROW else QUERY_BLOCK
-    if reach <= NARROWEST and heads >= MANY_HEADS:
-        blocks = NARROWEST_QUERY_BLOCK
-    return blocks.get(device, OTHER_QUERY_BLOCK)
-
-
-def longest_reach(problem: FocusProblem) -> float:
-    """The largest distance at which a query of `problem` can see a key, as far as the host may know."""
-    most = problem.max_span - 1
-    if not problem.span.numel() or not reads_are_free(problem.span):
-        return most
-    # A span that is no number hides nothing
-    longest = problem.span.detach().amax().item() + problem.ramp
-    return min(longest, most) if longest == longest else most
+    fitting = (size for most, least, size in QUERY_BLOCKS.get(device, ()) if reach <= most and heads >= least)
+    return next(fitting, OTHER_QUERY_BLOCK)
 
 
 def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iterator[Cell]:
@@ -98,11 +82,15 @@ def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iter
 
     `kept` is of how many iterations the scores are held at once.
     """
+    if not problem.span.numel():
+        return
     device = problem.query.device.type
     batch, heads, length = problem.query.shape[:3]
-    size = size or query_block(device, longest_reach(problem), batch * heads)
-    num_keys, offset = problem.key.shape[2], problem.query_offset
-    for number, reach in enumerate(_reaches(problem, size)):
+    num_keys, offset, most = problem.key.shape[2], problem.query_offset, problem.max_span - 1
+    reaches = _reach_of_queries(problem, most)
+    size = size or query_block(device, most if reaches is None else reaches.amax().item(), batch * heads)
+    blocks = [most] * -(-length // size) if reaches is None else _reach_of_blocks(reaches, size, most)
+    for number, reach in enumerate(blocks):
         start, stop = number * size, min((number + 1) * size, length)
         last = stop + offset if problem.is_causal else stop + offset + reach
         # A window that lies outside the keys still needs one column, all masked, to give zeros
@@ -115,21 +103,22 @@ def cells(problem: FocusProblem, size: int | None = None, kept: int = 1) -> Iter
             yield Cell(slice(row, min(row + together, batch)), slice(start, stop), slice(first, last))
 
 
-def _reaches(problem: FocusProblem, size: int) -> list[int]:
-    """For each block of queries, the largest distance at which one of them can see a key."""
-    length, most = problem.query.shape[2], problem.max_span - 1
-    blocks = -(-length // size)
-    if not problem.span.numel():
-        return []
+def _reach_of_queries(problem: FocusProblem, most: int) -> Tensor | None:
+    """The largest distance, at most `most`, at which each query can see a key in any row and head, (T,); None: the
+    host may not know."""
     if not reads_are_free(problem.span):
-        return [most] * blocks
+        return None
     longest = problem.span.detach().to(problem.compute_dtype).amax(dim=(0, 1))
-    longest = torch.nn.functional.pad(longest, (0, blocks * size - length)).view(blocks, size).amax(dim=1)
     # m(d) > 0 up to d < z + ramp, and a span that is no number hides nothing
-    reach = (longest + problem.ramp).nan_to_num(nan=most)
+    return (longest + problem.ramp).nan_to_num(nan=most).clamp(0, most)
+
+
+def _reach_of_blocks(reach: Tensor, size: int, most: int) -> list[int]:
+    """The same for each block of `size` queries, in steps."""
+    blocks = -(-len(reach) // size)
+    reach = torch.nn.functional.pad(reach, (0, blocks * size - len(reach))).view(blocks, size).amax(dim=1)
     steps = torch.where(reach <= NARROW, NARROW_REACH_STEP, REACH_STEP)
-    reach = (reach / steps).ceil() * steps
-    return reach.clamp(0, most).long().tolist()
+    return ((reach / steps).ceil() * steps).clamp(0, most).long().tolist()
 
 
 class Buffers:

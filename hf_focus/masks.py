@@ -54,7 +54,7 @@ def find_query_offset(attention_mask: Tensor | None, length: int, num_keys: int,
         return num_keys - 1 if length == 1 else 0
     keys = torch.arange(num_keys, device=attention_mask.device)
     last = torch.where(is_visible(attention_mask), keys, -1).amax(dim=-1)
-    if not is_causal:
+    if length == 1 or not is_causal:
         return last.amax() - (length - 1)
     # Padding on the left sees nothing, and its key may be the last of nobody
     place = last - torch.arange(length, device=last.device)
