@@ -15,6 +15,8 @@ from .span import NEUTRAL_KEYS
 PREFIX = "hf_focus_evidence_"
 # Of Adaptive Span (1905.07799), in tokens
 RAMP = 32
+# That Adaptive Span takes at once
+QUERIES = 64
 
 
 def scaled_attention(
@@ -31,16 +33,29 @@ def scaled_attention(
 def spanned_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention within a soft span that each head learns, the same for every token (Adaptive Span, 1905.07799)."""
+    """Attention within a soft span that each head learns, the same for every token (Adaptive Span, 1905.07799).
+
+    A block of queries is given the keys that the widest head can reach, and no others.
+    """
     position = torch.arange(key.shape[2], device=query.device)
-    distance = position[key.shape[2] - query.shape[2] :, None] - position
     span = module.evidence_span.clamp(0, 1)[:, None, None] * module.evidence_max_span
-    bias = log_weight(soft_span_mask(distance.abs(), span, RAMP, module.evidence_max_span))[None]
-    if module.is_causal:
-        bias = bias.masked_fill(distance < 0, float("-inf"))
-    if mask is not None:
-        bias = bias.masked_fill(~mask, float("-inf"))
-    return sdpa_attention_forward(module, query, key, value, bias, **{**kwargs, "is_causal": False})
+    reach = min(math.ceil(span.max().item()) + RAMP, module.evidence_max_span)
+    before, outputs = key.shape[2] - query.shape[2], []
+    for start in range(before, key.shape[2], QUERIES):
+        stop = min(start + QUERIES, key.shape[2])
+        keys = slice(max(0, start - reach), stop if module.is_causal else stop + reach)
+        distance = position[start:stop, None] - position[keys]
+        bias = log_weight(soft_span_mask(distance.abs(), span, RAMP, module.evidence_max_span))[None]
+        if module.is_causal:
+            bias = bias.masked_fill(distance < 0, float("-inf"))
+        block = slice(start - before, stop - before)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, :, block, keys], float("-inf"))
+        options = {**kwargs, "is_causal": False}
+        outputs.append(
+            sdpa_attention_forward(module, query[:, :, block], key[:, :, keys], value[:, :, keys], bias, **options)[0]
+        )
+    return torch.cat(outputs, dim=1), None
 
 
 ATTENTIONS = {"scaled": scaled_attention, "spanned": spanned_attention}

@@ -27,12 +27,12 @@ FAR_BASELINES = ("focus", "plain", "plain, quarter rotated", "plain, last unrota
 # And among more tokens
 AMONG_MORE_VARIANTS = ("focus", "global flat", *FAR_BASELINES[1:])
 # Where two sides are seen, or one number a key: what the local branch's parts add
-PARTS = ("focus", "plain", "hybrid", "log-n", "refiner", "static span")
+PARTS = (*BASELINES, "refiner", "static span")
 # What each part adds, where a model is small and quickly solved; and the parts that matter most, where it is not
 SCREENED = (
     "focus", "1 iteration", "2 iterations", "10 iterations", "refiner", "refiner of the seed", "refiner of the loss",
     "static span", "fixed span", "long span", "last", "through features", "through keys", "additive", "of the seed",
-    "anchored", "not rotated", "not normalized", "full start", "even start", "read-out from both", "local start 0",
+    "anchored", "full start", "even start", "read-out from both", "local start 0",
     "bias 2", "no stop", "relative stop", "seed temperature", "fixed temperature", "focus rate 3",
 )  # fmt: skip
 MAIN_PARTS = (
@@ -138,8 +138,8 @@ GROUPS: dict[str, Group] = {
                variants=("focus", "global flat", "exponent 0", *BASELINES[1:])),
         _needles("needle", "a single needle, while the context grows 32 times", claim=2, spread=_NEEDLE_SPREAD),
         _needles("multi-key needles", "one of four needles"),
-        _needles("multi-value needles", "both numbers of a key, in order", steps=2000),
-        _needles("multi-query needles", "the numbers of two keys", tuning_seeds=2),
+        _needles("multi-value needles", "both numbers of a key, in order", steps=2000, variants=BASELINES),
+        _needles("multi-query needles", "the numbers of two keys", tuning_seeds=2, variants=BASELINES),
         _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),
                variants=PARTS, settings={"length": 64, "names": 2, "longest": 2}, batch=32, steps=1000),
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
@@ -160,18 +160,15 @@ GROUPS: dict[str, Group] = {
         _tuned("sparsity", 5, "Real text at 8,192 bytes of context", "long text", (LONG_CONTEXT_BITS, *RUNNING),
                variants=("focus, near", "focus, near, not rotated", "plain", "hybrid, near", "adaptive span"),
                batch=4, steps=400, examples=32),
-        _tuned("text", 6, "Language modelling from scratch, equal steps", "text", (BITS, LONG_BITS, FLOPS),
-               sizes=TEXT_SIZES, batch=8, steps=800, variants=(*BASELINES, *PARTS[4:])),
         _tuned("text-equal-flops", 6, "Language modelling from scratch, equal training FLOPs", "text",
                (BITS, LONG_BITS, FLOPS, *_TEXT_SPREAD), sizes=TEXT_SIZES, batch=8, steps=400,
-               variants=("focus, short", "focus, soft", "plain", "hybrid, short"),
-               equal_flops=True),
+               variants=("focus, short", "focus, soft", "plain", "hybrid, short", *BASELINES[3:]), equal_flops=True),
         _tuned("text-patched", 6, "A pretrained model, trained further with and without FocusA, equal steps (the"
                " patch adds its parameters)", "text", (BITS, LONG_BITS, FLOPS, LOCAL_KEYS), sizes=TEXT_SIZES, batch=8,
                rates=(1e-3,),
                variants=("focus, patched", "refiner, patched", "refiner of the seed, patched", "static span, patched",
                          "soft spans, patched", "soft spans, refiner, patched", "not rotated, patched", "plain",
-                         "hybrid, patched", "normalized, patched", "focus through the layer, patched"),
+                         "hybrid, patched"),
                pretrain=400, steps=400),
         _tuned("text-patched-equal-flops", 6, "A pretrained model, trained further with and without FocusA, equal"
                " training FLOPs (the patch adds its parameters)", "text", (BITS, LONG_BITS, FLOPS), sizes=TEXT_SIZES,
@@ -190,7 +187,7 @@ QUICK: dict[str, Group] = {
         "k-step-3": {"steps": 600, "seeds": 2},
         "dyck": {"steps": 150},
         "sparsity": {"steps": 20, "batch": 2, "examples": 4, "variants": ("focus, near", "plain")},
-        "text": {"steps": 40, "batch": 8, "examples": 16},
+        "text-equal-flops": {"variants": ("focus, short", "plain"), "steps": 40, "batch": 8, "examples": 16},
     }.items()
 }
 

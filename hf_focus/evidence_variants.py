@@ -111,7 +111,6 @@ VARIANTS: dict[str, Variant] = {
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent
     "focus, patched": Variant("FocusA, default settings", {}),
-    "focus through the layer, patched": Variant("FocusA, feedback through the layer", {"feedback_through": "layer"}),
     "hybrid, patched": Variant("sliding window + full, no iteration", _ONE_PASS),
     "refiner, patched": Variant("with the refiner", {"refiner": True}),
     "refiner of the seed, patched": Variant("refiner with the seed's reward", {"refiner": True, "reward": "seed"}),
@@ -123,7 +122,6 @@ VARIANTS: dict[str, Variant] = {
     "not rotated, patched": Variant(
         "… the same, feedback not rotated", {**LONG_SPANS, "refiner": True, "rotate_feedback": False}
     ),
-    "normalized, patched": Variant("queries and keys normalised", {"qk_norm": True}),
     # Ablations
     "1 iteration": _focus("1 iteration", max_iterations=1),
     "2 iterations": _focus("2 iterations", max_iterations=2),

@@ -119,6 +119,39 @@ def test_log_n_scales_the_logits() -> None:
     assert difference_at[5] > 1e-5
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_adaptive_span_reads_what_its_mask_weighs_whatever_the_block(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_focus import evidence_attention
+
+    monkeypatch.setattr(evidence_attention, "RAMP", 3)
+    monkeypatch.setattr(evidence_attention, "QUERIES", 4)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, n, 8, generator=generator, dtype=torch.float64) for n in (13, 19, 19))
+    spans = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    module = torch.nn.Module()
+    module.is_causal, module.evidence_max_span = causal, 16
+    module.evidence_span = torch.nn.Parameter(spans.clone())
+    shown = torch.ones(2, 1, 13, 19, dtype=torch.bool)
+    shown[1, :, :, :2] = False
+    output, _ = evidence_attention.spanned_attention(module, query, key, value, shown, scaling=0.5)
+
+    # Softmax with weights: m·exp(logit) over its sum, of every pair
+    span = spans.clone().requires_grad_()
+    distance = torch.arange(6, 19)[:, None] - torch.arange(19)
+    weight = ((3 + 16 * span[:, None, None] - distance.abs()) / 3).clamp(0, 1) * shown
+    if causal:
+        weight = weight * (distance >= 0)
+    likely = weight * (0.5 * query @ key.mT).exp()
+    expected = (likely / likely.sum(-1, keepdim=True) @ value).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    assert span.grad.abs().min() > 1e-3
+    torch.testing.assert_close(module.evidence_span.grad, span.grad)
+
+
 def test_a_row_is_reproducible_and_tells_everything() -> None:
     first, again = run_row(TINY), run_row(TINY)
     untimed = [{k: v for k, v in record.items() if k != "seconds"} for record in (first, again)]
@@ -270,7 +303,7 @@ def test_quick_rows_and_those_of_other_text_have_a_folder_of_their_own(
     book = tmp_path / "a book.txt"
     book.write_text("A short line.\n" * 3000)
     tiny = {"rates": (3e-3,), "seeds": 2, "steps": 2, "batch": 2, "examples": 2, "sizes": {"width": 16}}
-    other = replace(GROUPS["text"], **tiny, settings={"length": 16}, variants=("focus", "plain"))
+    other = replace(GROUPS["text-patched"], **tiny, pretrain=0, settings={"length": 16}, variants=("focus", "plain"))
     monkeypatch.setattr("hf_focus.evidence_cli.QUICK", {"text": other, "tiny": group()})
     committed = tmp_path / "committed"
     book.with_name("short.txt").write_text("A short line.\n")

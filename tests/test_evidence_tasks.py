@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -9,11 +10,18 @@ import torch
 from hf_focus.errors import FocusConfigError, FocusDataError
 from hf_focus.evidence_spans import span_counts, span_scores, spans_of
 from hf_focus.evidence_tasks import TASKS, find_task
+from hf_focus.evidence_tasks_hierarchy import _expression
 from hf_focus.evidence_types import IGNORED, Batch
 
 
 def batch(name: str, size: int = 16, seed: int = 0, **settings: object) -> Batch:
     return find_task(name).batch(size, torch.Generator().manual_seed(seed), settings)
+
+
+def assert_share(found: torch.Tensor, share: float) -> None:
+    """The share of True is `share`, within what 5 standard errors allow."""
+    assert len(found) > 1000
+    assert abs(found.double().mean().item() - share) < 5 * (share * (1 - share) / len(found)) ** 0.5
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -138,6 +146,50 @@ def test_dyck_words_are_well_formed_and_groups_are_distances() -> None:
                 stack.append((token, place))
             depths.add(len(stack))
     assert depths == set(range(6))
+
+
+def test_dyck_words_are_a_walk_between_no_depth_and_the_greatest() -> None:
+    ids = batch("dyck", size=2000, length=101).input_ids
+    depths = torch.where(ids < 4, 1, -1).cumsum(dim=1)
+    before, opens = depths[:, :-1], ids[:, 1:] < 4
+    for depth in range(1, 5):
+        assert_share(opens[before == depth], 0.5)
+    assert opens[before == 0].all()
+    assert not opens[before == 5].any()
+    # The walk's stationary shares: 1/10 at either end and 1/5 between, twice that where the parity allows it
+    late = depths[:, 100]
+    for depth, share in ((1, 0.4), (3, 0.4), (5, 0.2)):
+        assert_share(late == depth, share)
+    for kind in range(4):
+        assert_share(ids[ids < 4] == kind, 0.25)
+
+
+def test_list_ops_are_drawn_as_in_long_range_arena() -> None:
+    drawn = Random(0)
+    written = [_expression(drawn, 1, 4, 5)[0] for _ in range(3000)]
+    tokens = torch.tensor([token for expression in written for token in expression])
+    for digit in range(10):
+        assert_share(tokens[tokens < 10] == digit, 0.1)
+    for operator in range(10, 14):
+        assert_share(tokens[(tokens >= 10) & (tokens < 14)] == operator, 0.25)
+    sizes, nested = [], []
+    for expression in written:
+        open_lists: list[int] = []
+        for token in expression:
+            if token == 14:
+                sizes.append(open_lists.pop())
+                continue
+            if open_lists:
+                open_lists[-1] += 1
+                if len(open_lists) < 4:
+                    nested.append(token >= 10)
+            if token >= 10:
+                open_lists.append(0)
+    # A place that may hold a list holds one with probability ¼, and a list has 2 to 5 arguments
+    assert_share(torch.tensor(nested), 0.25)
+    assert set(sizes) == {2, 3, 4, 5}
+    for size in range(2, 6):
+        assert_share(torch.tensor(sizes) == size, 0.25)
 
 
 def test_list_ops_values_are_right() -> None:
