@@ -127,7 +127,8 @@ GROUPS: dict[str, Group] = {
     group.name: group
     for group in (
         _tuned("recall", 1, "Multi-query recall, trained at L = 64", "recall", (ACCURACY, STEPS, *LONGER,
-               accuracy_on("4 pairs"), accuracy_on("16 pairs")), batch=32, chosen_by=(STEPS, ACCURACY),
+               accuracy_on("4 pairs"), accuracy_on("16 pairs"), *(accuracy_on("8 L", d) for d in (4, 32, 128, 256))),
+               batch=32, chosen_by=(STEPS, ACCURACY),
                variants=("focus", "global rotated", "global still", "soft spans, not rotated", *FAR_BASELINES[1:])),
         _tuned("passkey", 1, "Passkey, trained at L = 64", "passkey",
                (EXACT, STEPS, *(exact_on(f"{times} L") for times in (2, 4, 8))), variants=AMONG_MORE_VARIANTS,

@@ -162,9 +162,11 @@ def _setting(group: Group, record: Record) -> str:
         f"{name.replace('_', ' ')} {_said(value)}" for name, value in group.settings.items() if value is not None
     ]
     layers = f"{sizes['layers']} layer{'s' if sizes['layers'] > 1 else ''}"
+    apart = any("by_group" in measure.where for measure in group.measures)
     return (
         f"{task.title}{' (' + ', '.join(settings) + ')' if settings else ''}. Width {sizes['width']}, {sizes['heads']}"
         f" heads, {layers}; at most {group.steps:,} steps of {group.batch} examples."
+        + (f" A number after a test's name: {task.group}." if apart else "")
     )
 
 
