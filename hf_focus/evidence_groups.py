@@ -26,8 +26,6 @@ BASELINES = ("focus", "plain", "hybrid", "adaptive span", "log-n", "plain +1")
 FAR_BASELINES = ("focus", "plain", "plain, quarter rotated", "plain, last unrotated", *BASELINES[2:])
 # And among more tokens
 AMONG_MORE_VARIANTS = ("focus", "global flat", *FAR_BASELINES[1:])
-# Where two sides are seen, or one number a key: what the local branch's parts add
-PARTS = (*BASELINES, "refiner", "static span")
 # What each part adds, where a model is small and quickly solved; and the parts that matter most, where it is not
 SCREENED = (
     "focus", "1 iteration", "2 iterations", "10 iterations", "refiner", "refiner of the seed", "refiner of the loss",
@@ -142,10 +140,9 @@ GROUPS: dict[str, Group] = {
         _needles("multi-value needles", "both numbers of a key, in order", steps=2000, variants=BASELINES),
         _needles("multi-query needles", "the numbers of two keys", tuning_seeds=2, variants=BASELINES),
         _tuned("entity-spans", 3, "Spans of listed names in synthetic text", "entity spans", (F1, BOUNDARIES),
-               variants=PARTS, settings={"length": 64, "names": 2, "longest": 2}, batch=32, steps=1000),
+               settings={"length": 64, "names": 2, "longest": 2}, batch=32, steps=1000),
         _tuned("source-spans", 3, "Spans of strings and comments in real text", "source spans",
-               (HELD_OUT_F1, HELD_OUT_BOUNDARIES), variants=PARTS,
-               settings={"length": 128}, batch=16, steps=600),
+               (HELD_OUT_F1, HELD_OUT_BOUNDARIES), settings={"length": 128}, batch=16, steps=600),
         _k_step("k-step-3", 3, DEPTHS, "k-step lookup, k ≤ 3, one layer against one to three", seeds=10),
         _k_step("k-step-5", 5, DEPTHS, "k-step lookup, k ≤ 5, one layer against one to three", seeds=10),
         _k_step("k-step-8", 8, DEPTHS, "k-step lookup, k ≤ 8, two layers against two to four", sizes=TWO_LAYERS),
