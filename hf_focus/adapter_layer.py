@@ -90,6 +90,10 @@ class FocusAdapterLayer(nn.Module, BaseTunerLayer):
         return self.active_branch.config
 
     @property
+    def causal(self) -> bool | None:
+        return self.active_branch.causal
+
+    @property
     def num_heads(self) -> int:
         return self.active_branch.num_heads
 

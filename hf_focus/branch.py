@@ -18,7 +18,7 @@ from .masks import count_visible, gather_reach, own_key_visible, within_reach
 from .observers import FocusRecord, is_observed, notify
 from .penalty import note_mean_span
 from .pooling import pool_global
-from .problem import without_autocast
+from .problem import in_one_precision, without_autocast
 from .refiner import Refiner
 from .rotary import Rotation, rotate_slow_pairs
 from .span import AdaptiveSpan, GlobalTemperature, Predictor, count_in_span
@@ -75,6 +75,8 @@ class FocusBranch(nn.Module):
         dense = config.combine == "projection"
         shape = (2 * dims, dims) if dense else (num_heads, 2 * value_head_dim, value_head_dim)
         self.join = _parameter(join, *shape)
+        # Where the architecture says so, whether tokens see only the past; else each call says it
+        self.causal: bool | None = None
         # Whether the layer's rotation is heeded, if it is told: an adapter may be of a time when it was not known
         self.rotates = True
         self.reset_parameters()
@@ -103,6 +105,7 @@ class FocusBranch(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, global_output: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The layer's output (B, T, H, Dv): `attend`, whose arguments it takes, joined with `global_output`."""
+        query, key, value = in_one_precision(query, key, value)
         with without_autocast(query):
             local = self.attend(query, key, value, global_output, *args, **kwargs)
             weight, local = self.join.to(global_output.dtype), local.to(global_output.dtype)
@@ -240,7 +243,8 @@ class FocusBranch(nn.Module):
         if is_observed():
             action = None if correction is None else correction.action
             found = (local.entropy, local.coverage, local.iterations)
-            notify(self, FocusRecord(span.clamp(max=max_span), scale, *found, action, valid))
+            # Detached: a checkpointed layer is computed again unobserved, and must save the same tensors
+            notify(self, FocusRecord(span.detach().clamp(max=max_span), scale.detach(), *found, action, valid))
         return output
 
     def _readout_weights(self, query: Tensor, global_output: Tensor) -> Tensor | None:

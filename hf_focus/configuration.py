@@ -104,7 +104,8 @@ class FocusConfig:
             unpatched.
         sink_tokens: first tokens of a sequence that stay visible to the global branch under `max_dist` (StreamingLLM,
             2309.17453). A layer with a sliding window of its own has none: it looks min(window, max_dist) far.
-        layers: numbers of the layers to patch; None patches all.
+        layers: numbers of the layers to patch; None patches all. In models of stages (Swin) a number is a stage's;
+            `modules` chooses single blocks.
         modules: regular expression: only self-attention whose path in the model it finds is patched. It chooses the
             towers of a multimodal model: `"vision"`, `"^model.language_model"`.
         ramp: width of the soft edge of the span, in tokens (Adaptive Span, 1905.07799).
@@ -248,6 +249,10 @@ class FocusConfig:
         if self.global_exponent_start is not None and self.max_dist is not None:
             accepted = "None with max_dist: the number of keys that the global branch sees does not grow there"
             raise FocusConfigError(bad_value("global_exponent_start", self.global_exponent_start, accepted))
+        if self.feedback_through == "keys" and self.global_rotation < 1:
+            # F would see keys that are rotated by their places among those that are left of a text
+            accepted = "1.0 with feedback_through='keys'"
+            raise FocusConfigError(bad_value("global_rotation", self.global_rotation, accepted))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -106,7 +106,7 @@ class Correction:
         """Of a lesson: every action, (A,), and the reward of each for the N queries `rows`, (B, H or 1, N, A)."""
         predicted = self.predicted[:, :, rows]
         span, temperature = adaptive_span(predicted, self._in_span(predicted, self.num_visible[..., rows]))
-        action = torch.arange(self.config.num_actions, device=predicted.device)
+        action = torch.arange(self.refiner.table.shape[1], device=predicted.device)
         scales = predicted[..., None] * self.refiner.action_to_span_scale(action)
         kept = kept_by(span, scales * self.config.max_span, temperature)
         if predicted.shape[1] == 1:

@@ -81,8 +81,8 @@ NOTES: dict[str, str] = {
         1,600 steps of pretraining at 0.003 (1.994 bits), further training at 0.001 came to 1.956 bits with full
         attention, at equal FLOPs to 1.964 with FocusA, 1.958 with two iterations and 1.957 with one pass, and at equal
         steps to 1.954 with FocusA, on a seed that does not count. Neither feedback through the layer (1.964), nor 10
-        times the learning rate for FocusA (1.970), nor a local output that starts at 0.1 at three times the rate (1.965)
-        helped there.
+        times the learning rate for FocusA (1.970), nor a local output that starts at 0.1 at three times the rate
+        (1.965) helped there.
     """,
     "text-patched": """
         On a seed that does not count, spans that begin as 1% of 256 tokens came to 2.421 bits, with edges of 8 tokens

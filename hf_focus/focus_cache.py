@@ -26,7 +26,7 @@ class SinkWindowLayer(DynamicLayer):
     def __init__(self, window: int, sinks: Tensor) -> None:
         super().__init__()
         self.window = window
-        self.sinks = sinks
+        self.sinks = self.first_sinks = sinks
         self.last_sink = int(sinks.max()) if sinks.numel() else -1
         self.cumulative_length = 0
         self.record_past = False
@@ -123,7 +123,7 @@ class SinkWindowLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = self.sink_keys = self.sink_values = None
-        self.is_initialized, self.cumulative_length = False, 0
+        self.sinks, self.is_initialized, self.cumulative_length = self.first_sinks, False, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -159,15 +159,22 @@ class FocusCache(DynamicCache):
 
     Args:
         config: of a decoder of which every layer is patched, with `max_dist`.
-        attention_mask: (B, S) 2D mask of the prompt, needed where it is padded: it tells where a row starts.
+        attention_mask: (B, S) 2D mask of the prompt, needed where it is padded: it tells where a row starts. After
+            `reset` the next prompt must be padded alike.
         offloading: keep the keys and values of layers that are not running on the CPU.
+        all_patched: every layer of the decoder is known to be patched: `modules` alone does not tell.
 
     Raises:
-        FocusConfigError: `config` has no `max_dist`, or leaves layers unpatched; a mask that is not 2D.
+        FocusConfigError: `config` has no `max_dist`, or may leave layers unpatched; a mask that is not 2D.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, attention_mask: Tensor | None = None, offloading: bool = False
+        self,
+        config: PreTrainedConfig,
+        attention_mask: Tensor | None = None,
+        offloading: bool = False,
+        *,
+        all_patched: bool = False,
     ) -> None:
         config = config.get_text_config(decoder=True)
         settings = getattr(config, "focus_config", None)
@@ -177,6 +184,9 @@ class FocusCache(DynamicCache):
         if settings.layers is not None and len(settings.layers) < config.num_hidden_layers:
             # All layers share a mask, and those without a branch see everything
             raise FocusConfigError(bad_value("layers", settings.layers, "all layers, with a bounded cache"))
+        if settings.modules is not None and not all_patched:
+            accepted = "None, or a pattern that finds every layer of the decoder, with all_patched=True"
+            raise FocusConfigError(bad_value("modules", settings.modules, accepted))
         if attention_mask is None:
             sinks = torch.arange(settings.sink_tokens)[None]
         elif attention_mask.ndim == 2:

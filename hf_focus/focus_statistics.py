@@ -34,7 +34,7 @@ def mean_records(accelerator: Accelerator, records: FocusRecords) -> dict[str, f
                 value = getattr(record, name)
                 if value is not None:
                     valid = record.valid[:, None].expand_as(value)
-                    means.setdefault(name, []).append(value.float()[valid].mean())
+                    means.setdefault(name, []).append(value.float()[valid].mean().to(accelerator.device))
     stacked = {f"focus_{name}": torch.stack(values).mean() for name, values in means.items()}
     return {name: float(value) for name, value in accelerator.reduce(stacked, "mean").items()}
 

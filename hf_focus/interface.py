@@ -111,9 +111,8 @@ def _attend(
 
 
 def _is_causal(module: nn.Module, branch: nn.Module, implementation: str, given: bool | None, masked: bool) -> bool:
-    declared = getattr(branch, "causal", None)
-    if declared is not None:
-        return declared
+    if branch.causal is not None:
+        return branch.causal
     # As transformers' sdpa reads it, where eager attention knows masks only; a decoder may say False all the same
     # where its mask or the cache does the work
     said = getattr(module, "is_causal", implementation != "eager") if given is None else given

@@ -45,7 +45,8 @@ def match_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     if not distances:
         accepted = "'task' for a model whose attention is off transformers' interface"
         raise FocusConfigError(bad_value("objective", "match", accepted))
-    return torch.stack(distances).mean()
+    # Layers may be on several devices
+    return torch.stack([distance.to(distances[0].device) for distance in distances]).mean()
 
 
 def is_matching() -> bool:

@@ -109,7 +109,7 @@ class FocusMixin:
         if not has_bounded_cache(self) or (mask is not None and mask.ndim != 2):
             return
         offloading = generation_config.cache_implementation == "offloaded"
-        cache = FocusCache(self.config, mask, offloading=offloading)
+        cache = FocusCache(self.config, mask, offloading=offloading, all_patched=True)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -189,8 +189,9 @@ def has_bounded_cache(model: PreTrainedModel) -> bool:
     shared = getattr(config, "num_kv_shared_layers", 0)
     if not kinds <= {"full_attention", "sliding_attention"} or shared:
         return False
-    branches = sum(isinstance(module, FocusBranch) for module in model.modules())
-    return branches == config.num_hidden_layers
+    # Those of the decoder: a model of several towers has others
+    own = (module for module in model.modules() if getattr(module, "config", None) is config)
+    return sum(isinstance(getattr(module, "focus", None), FocusBranch) for module in own) == config.num_hidden_layers
 
 
 def _sharing() -> ModuleType | None:

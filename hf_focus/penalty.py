@@ -71,8 +71,9 @@ def with_span_penalty(forward: Callable[..., Any]) -> Callable[..., Any]:
         if labels is not None and getattr(self, "loss_type", None) == "ForCausalLM":
             labels = labels[..., 1:]
         share = _share_of_batch(kwargs.get("shift_labels", labels), kwargs.get("num_items_in_batch"))
-        penalty = weight * torch.stack(spans).mean() * share
-        return _add_to_loss(outputs, penalty, weight)
+        # Layers may be on several devices
+        spans = [span.to(spans[0].device) for span in spans]
+        return _add_to_loss(outputs, weight * torch.stack(spans).mean() * share, weight)
 
     return penalized
 
@@ -91,6 +92,6 @@ def _add_to_loss(outputs: Any, penalty: Tensor, weight: float) -> Any:
         accepted = "0 where the model returns no loss (no labels given, label smoothing, a loss of your own)"
         raise FocusConfigError(bad_value("span_penalty", weight, accepted))
     if isinstance(outputs, tuple):
-        return (loss + penalty, *outputs[1:])
-    outputs["loss"] = loss + penalty
+        return (loss + penalty.to(loss.device), *outputs[1:])
+    outputs["loss"] = loss + penalty.to(loss.device)
     return outputs

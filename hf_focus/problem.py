@@ -24,6 +24,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def in_one_precision(*tensors: Tensor) -> list[Tensor]:
+    """What autocast hands to attention as it would to SDPA's: rotary positions and caches have widened some of it."""
+    kind, dtype = tensors[0].device.type, tensors[0].dtype
+    known = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    if known and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+    return list(tensors)
+
+
 class FocusOutput(NamedTuple):
     """Result of focus attention.
 

@@ -332,6 +332,7 @@ def differentiate(problem: FocusProblem, iterations: Tensor, grad: Tensor, wante
         straight, turned = arguments["d_matrix"].split(dim, dim=-1)
         # Backwards, a turn is the opposite one
         straight[..., :size] -= turn(turned[..., :size], problem.rotary_pairs)
-        arguments["d_matrix"] = straight
+        # A compiler was told so
+        arguments["d_matrix"] = straight.contiguous()
     given = {name: getattr(problem, name) for name in wanted}
     return {name: arguments[_GRADIENTS[name]].sum_to_size(t.shape).to(t.dtype) for name, t in given.items()}

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from tiny import DECODERS, SETTINGS, TINY, logits, make_inputs, randomize, tokens
 from tiny_adapters import ARCHITECTURES, adapted, config, is_equal, snapshot, weights
 from torch import nn
+from transformers import BridgeTowerConfig, BridgeTowerModel
 
 from hf_focus import FocusAdapterConfig, focus_model_class
 from hf_focus.errors import FocusConfigError, FocusError
@@ -119,3 +120,20 @@ def test_generates_with_the_cache_as_without(name: str) -> None:
     assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
     with model.disable_adapter():
         assert not torch.equal(cached, model.generate(**inputs, **options))
+
+
+def test_an_adapter_sees_what_a_patch_would_where_a_model_says_nothing_of_causality() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = {**sizes, "intermediate_size": 48, "vocab_size": 99, "max_position_embeddings": 64}
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    base = BridgeTowerModel(BridgeTowerConfig(**sizes, text_config=text, vision_config=vision))
+    model = get_peft_model(base, config()).eval()
+    for name, parameter in model.named_parameters():
+        if ".focus." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": tokens(1), "pixel_values": pixels}
+    with torch.no_grad():
+        expected = model(**inputs).text_features
+        assert torch.equal(model.merge_and_unload()(**inputs).text_features, expected)

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import LARGE, both_backends, gradients, solve, to
+from tiny import patched, tokens
 
 from hf_focus import focus_attention
+from hf_focus.attention import keep_problems
 
 
 @both_backends
@@ -83,3 +85,17 @@ def test_autocast_changes_nothing(backend: str) -> None:
             output = focus_attention(query, key, value, span, max_span=8, ramp=2, backend=backend).output
         results.append((output, *torch.autograd.grad(output.sum(), (query, key, value))))
     assert all(torch.equal(plain, cast) for plain, cast in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_autocast_gives_a_model_s_branches_one_precision(dtype: torch.dtype, use_cache: bool) -> None:
+    """Rotary positions and caches leave queries, keys and values in several: fused kernels, as SDPA's, take one."""
+    model, ids = patched("llama"), tokens()
+    with keep_problems() as problems, torch.autocast("cpu", dtype):
+        model(input_ids=ids, use_cache=use_cache)
+    assert problems
+    assert {x.dtype for problem in problems for x in (problem.query, problem.key, problem.value)} == {dtype}
+    with keep_problems() as problems:
+        model(input_ids=ids, use_cache=use_cache)
+    assert {x.dtype for problem in problems for x in (problem.query, problem.key, problem.value)} == {torch.float32}

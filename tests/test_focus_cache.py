@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from test_architectures import generate, padded
-from tiny import CAUSAL_LMS, LENGTH, patched, tokens
+from test_base_features import llava, picture_and_text
+from tiny import CAUSAL_LMS, LENGTH, patched, randomize, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from hf_focus import FocusAdapterConfig, FocusCache, FocusConfig, FocusError
+from hf_focus import FocusAdapterConfig, FocusCache, FocusConfig, FocusError, apply_focus
 from hf_focus.errors import FocusConfigError
 from hf_focus.focus_cache import SinkWindowLayer
 
@@ -238,3 +239,41 @@ def test_masks_of_ones_own_need_all_keys() -> None:
                 attention_mask=torch.ones(1, 1, 1, LENGTH + 1, dtype=torch.bool),
                 past_key_values=cache,
             )
+
+
+def test_used_anew_for_another_prompt() -> None:
+    """After `reset` it is as it was made, whatever beams there were."""
+    model, ids = patched("llama", SHORT), tokens(2, LENGTH)
+    cache = FocusCache(model.config)
+    generate(model, {"input_ids": ids}, past_key_values=cache, num_beams=2, max_new_tokens=3)
+    cache.reset()
+    with torch.no_grad():
+        found = model(input_ids=ids, past_key_values=cache).logits
+    torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "bounded"),
+    [
+        ({}, True),
+        ({"layers": [0]}, False),
+        ({"modules": r"layers\.0\."}, False),
+        ({"modules": "language_model"}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_only_the_decoder_s_layers_count(chosen: dict[str, Any], bounded: bool, sinks: int) -> None:
+    model = llava()
+    randomize(apply_focus(model, FocusConfig.build(SHORT, sink_tokens=sinks, **chosen)))
+    inputs = picture_and_text()
+    found = text(model, inputs, max_new_tokens=5, min_new_tokens=5)
+    assert isinstance(found.past_key_values, FocusCache) == bounded
+    expected = text(model, inputs, max_new_tokens=5, min_new_tokens=5, use_cache=False)
+    assert_same_text(found, expected)
+
+
+def test_layers_that_were_chosen_by_path_are_not_known_to_be_all() -> None:
+    model = patched("llama", FocusConfig.build(SHORT, modules=r"layers\.0\."))
+    with pytest.raises(FocusConfigError, match="modules"):
+        FocusCache(model.config)

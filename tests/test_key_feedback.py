@@ -8,6 +8,7 @@ from tiny import randomize
 
 from hf_focus import FocusConfig, apply_focus, fold_feedback
 from hf_focus.branch import FocusBranch
+from hf_focus.errors import FocusConfigError
 from hf_focus.rotary import Rotation
 
 SETTINGS = {"max_span": 8, "ramp": 4, "max_iterations": 3, "base_threshold": 1e-3, "initial_span": 0.5}
@@ -61,3 +62,9 @@ def test_a_model_decodes_as_it_reads() -> None:
     # There is nothing to fold
     assert fold_feedback(model).focus_config.feedback_through == "keys"
     assert torch.equal(model(ids).logits, whole)
+
+
+def test_a_branch_that_rotates_by_itself_is_refused() -> None:
+    """It rotates keys by their places among those that a cut leaves: F would make other queries of them."""
+    with pytest.raises(FocusConfigError, match=r"`global_rotation` got 0\.5"):
+        FocusConfig(feedback_through="keys", global_rotation=0.5)

@@ -350,3 +350,13 @@ def test_settings_are_those_of_the_config() -> None:
     assert isinstance(module.config, FocusConfig)
     assert module.config.max_iterations == 3
     assert module.focus.config is module.config
+
+
+@pytest.mark.parametrize("actions", [5, 20])
+def test_a_refiner_of_other_actions_learns_all_of_them(actions: int) -> None:
+    refiner = Refiner(actions=actions)
+    module = layer(refiner=refiner, reward="mass", initial_span=0.9).train()
+    before = refiner.table.clone()
+    for _ in range(3):
+        module(sequence()).sum().backward()
+    assert (module.eval().focus.refiner.table != before).any(dim=0).all()

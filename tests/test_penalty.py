@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_focus import FocusConfig, apply_focus, record_focus
 from hf_focus.errors import FocusConfigError
+from hf_focus.penalty import note_mean_span, with_span_penalty
 
 WEIGHT = 50.0
 
@@ -167,3 +168,18 @@ def test_span_penalty_shortens_the_span() -> None:
             model(input_ids=ids)
         spans[weight] = torch.stack([calls[0].span_fraction.mean() for calls in records.layers.values()])
     assert (spans[3.0] < spans[0.0] - 0.2).all()
+
+
+def test_layers_on_several_devices() -> None:
+    """As `device_map` places them; a meta tensor stands for one on another device."""
+
+    class Model:
+        training, config = True, type("Config", (), {"focus_config": {"span_penalty": 1.0}})
+
+        def forward(self) -> dict[str, torch.Tensor]:
+            for device in ("meta", "cpu"):
+                span = torch.full((1, 1, 3), 0.5, device=device, requires_grad=True)
+                note_mean_span(span, torch.ones(1, 3, dtype=torch.bool, device=device), True)
+            return {"loss": torch.ones((), device="meta")}
+
+    assert with_span_penalty(Model.forward)(Model())["loss"].is_meta

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from helpers import fill
-from tiny import TINY, patched, tokens
+from tiny import SETTINGS, TINY, patched, tokens
 from torch import Tensor, nn
 
 from hf_focus import FocusA, FocusConfig, FocusRecord, record_focus
@@ -169,3 +169,33 @@ def test_unpatched_models(model: nn.Module) -> None:
     assert type(model).__name__ in str(error.value)
     assert isinstance(error.value, FocusError)
     assert not is_observed()
+
+
+@pytest.mark.parametrize("where", ["within", "after", "in a thread"])
+def test_checkpointed_layers_are_computed_again_unobserved(where: str) -> None:
+    """A GPU's backward runs in a thread of its own, where nobody observes."""
+    model, ids = patched("llama", FocusConfig.build(SETTINGS, refiner=False)).train(), tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    failed: list[Exception] = []
+
+    def backward() -> None:
+        try:
+            loss.backward()
+        except Exception as error:
+            failed.append(error)
+
+    with record_focus(model) as records:
+        loss = model(input_ids=ids, labels=ids).loss
+        if where != "after":
+            thread = threading.Thread(target=backward)
+            thread.start() if where == "in a thread" else backward()
+            thread.join() if where == "in a thread" else None
+    if where == "after":
+        backward()
+    assert not failed
+    assert not any(record.span.requires_grad for layer in records for record in records[layer])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)

@@ -194,3 +194,9 @@ def test_only_what_is_asked_for() -> None:
     weight = torch.randn(result.output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     (grad,) = torch.autograd.grad((result.output * weight.to(result.output)).sum(), arguments["span"])
     torch.testing.assert_close(grad, wanted)
+
+
+def test_gradients_lie_in_memory_as_a_compiler_is_told() -> None:
+    arguments = on_device(replace(BASE, length=5, num_keys=5, max_span=4, rotated=True).arguments())
+    grads = solve_with_gradients(arguments, "triton")[1]
+    assert all(grad.is_contiguous() for grad in grads.values())
