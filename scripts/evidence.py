@@ -3,7 +3,7 @@
     python scripts/evidence.py --quick                   # a little of everything, under ten minutes on two cores
     python scripts/evidence.py                           # all rows (days on two cores); stop and start again at will
     python scripts/evidence.py k-step-3 --minutes 60     # one table, for an hour
-    python scripts/evidence.py --dataset book.txt text   # other text: a file, a folder, or a data set of the Hub
+    python scripts/evidence.py --dataset book.txt text-equal-flops   # other text: a file or a data set of the Hub
     python scripts/evidence.py --map                     # pictures of spans, attention and refiner, on real text
     python scripts/evidence.py --report                  # only the report, from the results that there are
 
