@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architecture import CROSS_ATTENTION, Architecture, declared_architectures, find_architecture
 from .errors import UnsupportedArchitectureError, bad_value
@@ -59,8 +60,10 @@ def eager_attention(module: nn.Module) -> Callable[..., Any]:
 
 
 def interface_of(module: nn.Module) -> Any:
-    """The registry of attention functions that a module's forward reads: a modeling file may have its own."""
-    return interface_call(type(module)).__globals__["ALL_ATTENTION_FUNCTIONS"]
+    """The registry of attention functions that a module's forward reads: a modeling file may have its own. Where the
+    forward does not name it, as under another name, transformers' own."""
+    call = interface_call(type(module))
+    return ALL_ATTENTION_FUNCTIONS if call is None else call.__globals__["ALL_ATTENTION_FUNCTIONS"]
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:

@@ -61,7 +61,7 @@ FLOPS = Measure("MFLOPs a token, forward", ("cost", "flops"), lower_is_better=Tr
 def accuracy_on(test: str, group: int | None = None) -> Measure:
     """Accuracy on a test set, or of one group of it."""
     where = ("results", test, "accuracy") if group is None else ("results", test, "by_group", str(group))
-    return Measure(f"{test}{'' if group is None else f' {group}'}, %", where, scale=100)
+    return Measure(f"{test}{'' if group is None else f': {group}'}, %", where, scale=100)
 
 
 def seeds_that_count(number: int) -> range:

@@ -166,7 +166,7 @@ def _setting(group: Group, record: Record) -> str:
     return (
         f"{task.title}{' (' + ', '.join(settings) + ')' if settings else ''}. Width {sizes['width']}, {sizes['heads']}"
         f" heads, {layers}; at most {group.steps:,} steps of {group.batch} examples."
-        + (f" A number after a test's name: {task.group}." if apart else "")
+        + (f" The number after a test's name: {task.group}." if apart else "")
     )
 
 

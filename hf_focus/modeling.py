@@ -258,6 +258,9 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
         focus_models = tuple(focus_model_class(model) for model in models)
         value = focus_models if len(focus_models) > 1 else focus_models[0]
         auto_class._model_mapping.register(config_class, value, exist_ok=True)
+        # By these names Trainer tells whether label smoothing shifts labels, and a pipeline whether it knows a model
+        names = tuple(model.__name__ for model in focus_models)
+        auto_class._model_mapping._model_mapping[config_class.model_type] = names if len(names) > 1 else names[0]
     for mapping in PREPROCESSORS:
         if base in mapping:
             mapping.register(config_class, mapping[base], exist_ok=True)
@@ -364,6 +367,8 @@ def adopt(model: PreTrainedModel, adoption: Adoption) -> None:
         # its registry took the name itself as key before 5.23, and the model since
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(holder)), holder._can_record_outputs)
     repoint(model, adoption.configs)
+    for holder in adoption.holders:
+        register_models(type(holder.config))
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -18,9 +18,11 @@ from transformers import (
 
 from .arguments import ModelArguments, TrainArguments
 from .configuration import FocusConfig
-from .errors import FocusConfigError, bad_value
+from .discovery import architecture_of
+from .errors import FocusConfigError, FocusError, bad_value
 from .modeling import FocusMixin
 from .patching import apply_focus
+from .sites import find_sites
 from .task_types import Source, Task
 
 DEFAULT_BLOCK_SIZE = 512
@@ -80,10 +82,12 @@ def find_source(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     needs_features: bool = False,
+    splits_words: bool = False,
 ) -> Source:
     """Config, tokenizer and, if needed, feature extractor of the model that `args` names, or of the objects given.
 
-    A processor given as the tokenizer is both.
+    A processor given as the tokenizer is both. With `splits_words` a tokenizer that would glue lists of words together
+    (RoBERTa's, GPT-2's) is loaded as one that begins each with a space.
 
     Raises:
         FocusConfigError: they are not found, or a model was given without a tokenizer.
@@ -103,10 +107,14 @@ def find_source(
             accepted = "a processor, which has a feature extractor too, where a model object that hears is given"
             raise FocusConfigError(bad_value("tokenizer", type(tokenizer).__name__, accepted))
         features = _load(AutoFeatureExtractor, "model_name_or_path", args.model_name_or_path, options)
-    if tokenizer is None and args.tokenizer:
-        tokenizer = _load(AutoTokenizer, "tokenizer", args.tokenizer, {"trust_remote_code": args.trust_remote_code})
-    elif tokenizer is None:
-        tokenizer = _load(AutoTokenizer, "model_name_or_path", args.model_name_or_path, options)
+    if tokenizer is None:
+        place = ("tokenizer", args.tokenizer) if args.tokenizer else ("model_name_or_path", args.model_name_or_path)
+        if args.tokenizer:
+            options = {"trust_remote_code": args.trust_remote_code}
+        tokenizer = _load(AutoTokenizer, *place, options)
+        if splits_words and not _reads_words_as_text(tokenizer):
+            spaced = _load(AutoTokenizer, *place, {**options, "add_prefix_space": True})
+            tokenizer = spaced if _reads_words_as_text(spaced) else tokenizer
     if tokenizer.pad_token_id is None:
         # Padding is masked out: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
@@ -120,6 +128,12 @@ def find_source(
             )
         )
     return Source(config, tokenizer, model, features=features if needs_features else None)
+
+
+def _reads_words_as_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # The first word may begin otherwise, as any text does
+    text, words = tokenizer("a a a"), tokenizer(["a", "a", "a"], is_split_into_words=True)
+    return text["input_ids"][1:] == words["input_ids"][1:]
 
 
 def find_block_size(asked: int | None, source: Source) -> int:
@@ -197,7 +211,35 @@ def load_model(source: Source, task: Task, args: ModelArguments, config: dict[st
             raise FocusConfigError(
                 bad_value("model", f"{source.config.num_labels} labels", f"{labels} labels, as the data")
             )
+    if task.name == "causal-lm":
+        check_causal(source.model)
     return source.model
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Whether tokens of a language model see only those before them: else each would see what it is to predict.
+
+    Raises:
+        FocusConfigError: they see later ones, as in a BERT.
+    """
+    try:
+        sites = find_sites(model, architecture_of(model))
+    except FocusError:
+        # Nothing is known of its attention; it cannot be patched either
+        return
+    if any(site.is_causal for site in sites):
+        return
+    ids = torch.arange(16, device=model.device).view(2, 8) % model.config.get_text_config().vocab_size
+    ids[1, 0] = ids[0, 0]
+    was_training = model.training
+    one, other = model.eval()(ids).logits[:, 0]
+    model.train(was_training)
+    # Experts may round otherwise where other tokens are beside
+    rounding = torch.finfo(one.dtype).eps ** 0.5
+    if (one - other).abs().max() > rounding * one.float().std():
+        accepted = f"masked-lm for {type(model).__name__}, whose tokens see later ones"
+        raise FocusConfigError(bad_value("task", "causal-lm", accepted))
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def evaluate_saved(
     task = find_task(task_name)
     model_args, data_args = replace(model_args, focus=False), replace(data_args, streaming=False)
     rows = evaluation_rows(data_args, seed, task.by_character)
-    source = find_source(model_args, needs_features=task.needs_features)
+    source = find_source(model_args, needs_features=task.needs_features, splits_words=task.splits_words)
     data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))
     collator = ReproducibleCollator(task.collator(source, data_args), task.count_targets, seed)
     labels = getattr(data_args, task.labels) if task.labels else None

@@ -213,6 +213,7 @@ TOKEN_CLASSIFICATION = Task(
     name="token-classification",
     auto_class=AutoModelForTokenClassification,
     pipeline_tag="token-classification",
+    splits_words=True,
     encode=_encode_words,
     collator=lambda source, args: DataCollatorForTokenClassification(source.tokenizer),
     count_targets=count_labels,

@@ -72,6 +72,7 @@ class Task:
         generate: `(model, batch, source) -> Scores` of what the model writes by itself; None: it need not.
         needs_features: whether inputs are made by a feature extractor.
         model_finds_padding: whether the model itself looks for the padding token in its input.
+        splits_words: whether texts come as lists of words.
         by_character: whether a document may be cut to hold out evaluation text.
         streams: whether it can be trained on a stream, and with packed rows.
     """
@@ -91,6 +92,7 @@ class Task:
     targets: tuple[str, ...] = ("labels",)
     generate: Callable[[PreTrainedModel, Batch, Source], Scores] | None = None
     needs_features: bool = False
+    splits_words: bool = False
     model_finds_padding: bool = False
     by_character: bool = True
     streams: bool = False

@@ -120,7 +120,7 @@ def finetune(
             # Merged at the end, and the whole of a weight is nowhere
             raise FocusConfigError(bad_value("lora_rank", model_args.lora_rank, "0 where weights are sharded"))
         repo_id = prepare_push(accelerator, train_args)
-        source = find_source(model_args, model, tokenizer, task.needs_features)
+        source = find_source(model_args, model, tokenizer, task.needs_features, task.splits_words)
         check_focus_settings(model_args, focus, source)
         check_objective(train_args, model_args, focus, source)
         data_args = replace(data_args, block_size=find_block_size(data_args.block_size, source))

@@ -52,6 +52,18 @@ class MineAttention(nn.Module):
         return self.out(attend(self, query, key, value, None)[0].flatten(2))
 
 
+REGISTRY = ALL_ATTENTION_FUNCTIONS
+
+
+class RenamedAttention(MineAttention):
+    """The same, with the registry under a name of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.parallel, self.share)).permute(2, 0, 3, 1, 4)
+        attend = REGISTRY.get_interface(self.config._attn_implementation, eager_attention)
+        return self.out(attend(self, query, key, value, None)[0].flatten(2))
+
+
 class OffAttention(MineAttention):
     """The same, in a forward of its own."""
 
@@ -77,6 +89,10 @@ class MineModel(PreTrainedModel):
         for layer in self.layers:
             x = x + layer(x)
         return CausalLMOutput(logits=self.head(x))
+
+
+class RenamedModel(MineModel):
+    attention = RenamedAttention
 
 
 class OffModel(MineModel):
@@ -130,6 +146,18 @@ def test_declared_saved_and_rebuilt(model_class: type[MineModel], tmp_path: Path
     assert type(loaded.config).__name__ == f"Focus{config_class.__name__}"
     assert torch.equal(remove_focus(loaded)(ids).logits, before)
     assert type(loaded.layers[0]) is model_class.attention
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_interface_under_another_name() -> None:
+    register_architecture("mine", attention="RenamedAttention", num_heads="parallel", head_dim="share")
+    model, ids = RenamedModel(MineConfig()).eval(), tokens()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    before = model(ids).logits
+    apply_focus(model, SETTINGS)
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-5)
+    assert not torch.allclose(randomize(model)(ids).logits, before, atol=1e-3)
 
 
 @pytest.mark.usefixtures("registered")

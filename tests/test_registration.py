@@ -1,5 +1,6 @@
 """Focus models through transformers' own doors: Auto classes, config files, pipelines, pickles."""
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +12,15 @@ import transformers
 from launch import finish, fork
 from safetensors.torch import load_file, save_file
 from tiny import SETTINGS, TINY, logits, make_inputs, patched, tokens
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from hf_focus import FocusConfig, apply_focus, focus_config_class, focus_model_class
 from hf_focus.errors import FocusCheckpointError, FocusConfigError, FocusError
@@ -234,3 +243,16 @@ def test_attention_weights_may_be_asked_for_in_the_config(tmp_path: Path) -> Non
         assert json.loads((tmp_path / "config.json").read_text())["output_attentions"]
     with pytest.raises(ValueError, match="output_attentions"):
         apply_focus(TINY["llama"].build()).config.output_attentions = True
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_trainer_smooths_labels_as_of_the_plain_model(name: str, tmp_path: Path) -> None:
+    """It shifts them for those language models whose class it knows by name."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4).tolist()]
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True)
+    plain = TINY[name].build()
+    expected, found = (
+        Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+        for model in (plain, apply_focus(copy.deepcopy(plain), SETTINGS))
+    )
+    assert found == pytest.approx(expected, abs=1e-5)

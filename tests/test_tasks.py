@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import SIZES, WORDS, byte_tokenizer, run, source, task_tokenizer, tiny_llama
 from tiny import TINY
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -23,6 +24,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
     PreTrainedModel,
+    RobertaConfig,
     WhisperFeatureExtractor,
 )
 
@@ -31,6 +33,7 @@ from hf_focus.errors import FocusConfigError, FocusDataError, UnsupportedArchite
 from hf_focus.metric_entities import find_entities
 from hf_focus.metric_wer import edit_distance
 from hf_focus.metrics import load_metric
+from hf_focus.preparation import find_source
 from hf_focus.scoring import evaluate_saved
 from hf_focus.task_spans import MAX_ANSWER, best_spans
 from hf_focus.tasks import find_task
@@ -374,3 +377,18 @@ def test_pairs_keep_their_end_and_nested_columns_are_found() -> None:
     short = find_task("seq2seq").encode(rows, None, of, args, 3).train
     assert len(short[0]["labels"]) == 3
     assert short[0]["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_words_are_read_as_the_text_they_are_of(tmp_path: Path) -> None:
+    """A RoBERTa's tokenizer glues a list of words together, unless each begins with a space."""
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    (tmp_path / "vocab.json").write_text(json.dumps({symbol: number for number, symbol in enumerate(symbols)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    RobertaConfig(vocab_size=len(symbols)).save_pretrained(tmp_path)
+    args = ModelArguments(str(tmp_path))
+    words, text = ["the", "cat", "sat"], "the cat sat"
+    glued, apart = (find_source(args, splits_words=splits).tokenizer for splits in (False, True))
+    assert glued(words, is_split_into_words=True)["input_ids"] != glued(text)["input_ids"]
+    assert apart(words, is_split_into_words=True)["input_ids"] == apart(text)["input_ids"]
+    assert apart(text)["input_ids"][2:] == glued(text)["input_ids"][1:]
+    assert find_task("token-classification").splits_words

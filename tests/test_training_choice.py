@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_runs import (
     FOCUS,
+    SIZES,
     byte_tokenizer,
     folder,
     losses,
@@ -15,15 +16,33 @@ from small_runs import (
     tiny_bert,
     tiny_llama,
 )
+from tiny import CAUSAL_LMS, TINY
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
 )
 
 from hf_focus import FocusConfig, apply_focus
 from hf_focus.arguments import TrainArguments
 from hf_focus.errors import FocusConfigError
-from hf_focus.preparation import parameter_groups
+from hf_focus.preparation import check_causal, parameter_groups
+
+
+@pytest.mark.parametrize("name", CAUSAL_LMS)
+def test_language_models_see_no_later_token(name: str) -> None:
+    check_causal(TINY[name].build())
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_an_encoder_is_no_language_model(patched: bool, tmp_path: Path, data: dict[str, Any]) -> None:
+    """It would be shown what it is to predict, and be right every time."""
+    torch.manual_seed(0)
+    model = BertLMHeadModel(tiny_bert().config)
+    with pytest.raises(FocusConfigError, match="`task` got 'causal-lm'; accepted: masked-lm"):
+        run(tmp_path, data, apply_focus(model, FOCUS) if patched else model)
+    check_causal(BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)))
 
 
 def test_freezing_the_base_trains_focus_alone(tmp_path: Path, data: dict[str, Any]) -> None:
