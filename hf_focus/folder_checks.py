@@ -54,9 +54,9 @@ SHARED = (
     "NOTICE*",
     "train_log.jsonl",
 )
-_BINARY = ("*.safetensors", "*.model", "*.png")
+_BINARY = ("*.safetensors", "*.model", "*.spm", "*.png")
 # Words of a language, not of this machine
-_VOCABULARY = ("vocab*", "merges.txt", "added_tokens.json", "*.tiktoken")
+_VOCABULARY = ("*vocab*", "merges.txt", "added_tokens.json", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,22 @@ COMPANIONS = (
     "normalizer.json",
     "*.model",
     "*.tiktoken",
+    "*.spm",
+    "tekken.json",
+    "target_vocab.json",
+    "entity_vocab.json",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "prophetnet.tokenizer",
+    # What sentence-transformers makes of the model's output
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
     "*preprocessor_config.json",
     "processor_config.json",
     "chat_template*",
@@ -162,9 +178,10 @@ def copy_companions(name: str, folder: Path, revision: str | None = None) -> lis
             source = Path(snapshot_download(name, revision=revision, allow_patterns=list(COMPANIONS)))
         except (OSError, ValueError) as error:
             raise _not_found(name, error) from error
-    found = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    copied = sorted(path.name for path in found if not (folder / path.name).exists())
+    found = {path.relative_to(source) for name in COMPANIONS for path in source.glob(name) if path.is_file()}
+    copied = sorted(path.as_posix() for path in found if not (folder / path).exists())
     for file in copied:
+        (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, folder / file)
     return copied
 

@@ -224,3 +224,13 @@ def test_attention_off_the_interface_sees_no_further_than_asked() -> None:
         changed = ids.clone()
         changed[0, position] = (changed[0, position] - 2) % 90 + 3
         assert torch.equal(before[0, -1], logits(model, input_ids=changed)[0, -1]) != reaches
+
+
+def test_a_whisper_s_prompt_is_left_as_it_is() -> None:
+    """transformers puts a start token before that of any other encoder-decoder."""
+    plain = TINY["whisper"].build()
+    model = apply_focus(copy.deepcopy(plain), SETTINGS)
+    features = make_inputs("whisper")["input_features"]
+    prompt = torch.tensor([[5, 6, 7]]).expand(len(features), -1)
+    options = {"decoder_input_ids": prompt, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(*(one.generate(features, **options) for one in (plain, model)))

@@ -8,7 +8,7 @@ from small_runs import tiny_llama
 from transformers import LlamaForSequenceClassification
 
 from hf_focus.errors import FocusConfigError
-from hf_focus.folders import load_model, write_text_beside, written_beside
+from hf_focus.folders import copy_companions, load_model, write_text_beside, written_beside
 
 
 def test_written_beside(tmp_path: Path) -> None:
@@ -53,3 +53,15 @@ def test_load_model_takes_the_class_that_saved(tmp_path: Path) -> None:
     (tmp_path / "classifier" / "config.json").write_text(json.dumps({**config, "architectures": None}))
     with pytest.raises(FocusConfigError, match="auto-class"):
         load_model(str(tmp_path / "classifier"))
+
+
+def test_what_lies_beside_the_weights_is_copied(tmp_path: Path) -> None:
+    names = {"source.spm", "bpe.codes", "modules.json", "1_Pooling/config.json", "tokenizer.json"}
+    for name in (*names, "pytorch_model.bin", "runs/events", "config.json"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_text(name)
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "tokenizer.json").write_text("its own")
+    assert set(copy_companions(str(tmp_path / "from"), tmp_path / "to")) == names - {"tokenizer.json"}
+    assert (tmp_path / "to" / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
+    assert (tmp_path / "to" / "tokenizer.json").read_text() == "its own"
