@@ -9,6 +9,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 from .architecture import declared_architectures
+from .focus_configs import MODEL_TYPE_PREFIX
 
 # What the source of a reached model says: it asks for its attention, or it is made of other models
 _REACHED = ("ALL_ATTENTION_FUNCTIONS", "AutoModel.from_config", "AutoModelForCausalLM.from_config", "load_backbone")
@@ -24,11 +25,14 @@ def supported_architectures() -> list[str]:
 
 
 def auto_model_types() -> dict[str, list[str]]:
-    """Every model type that an Auto class of transformers has a model for, with the names of these mappings."""
+    """Every model type of transformers that an Auto class has a model for, with the names of these mappings."""
     found: dict[str, list[str]] = {}
     for name, mapping in vars(modeling_auto).items():
         if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES"):
             for model_type in mapping:
+                if model_type.startswith(MODEL_TYPE_PREFIX):
+                    # Of a model that was patched in this process
+                    continue
                 found.setdefault(model_type, []).append(name.removesuffix("_MAPPING_NAMES"))
     return found
 

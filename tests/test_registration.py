@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_focus import FocusConfig, apply_focus, focus_config_class, focus_model_class
+from hf_focus import FocusConfig, apply_focus, focus_config_class, focus_model_class, supported_architectures
 from hf_focus.errors import FocusCheckpointError, FocusConfigError, FocusError
 
 AUTO = {
@@ -256,3 +256,8 @@ def test_trainer_smooths_labels_as_of_the_plain_model(name: str, tmp_path: Path)
         for model in (plain, apply_focus(copy.deepcopy(plain), SETTINGS))
     )
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_supported_types_are_transformers_own() -> None:
+    patched("llama")
+    assert not any(name.startswith("focus_") for name in supported_architectures())
