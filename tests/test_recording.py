@@ -189,10 +189,12 @@ def test_checkpointed_layers_are_computed_again_unobserved(where: str) -> None:
 
     with record_focus(model) as records:
         loss = model(input_ids=ids, labels=ids).loss
-        if where != "after":
+        if where == "within":
+            backward()
+        elif where == "in a thread":
             thread = threading.Thread(target=backward)
-            thread.start() if where == "in a thread" else backward()
-            thread.join() if where == "in a thread" else None
+            thread.start()
+            thread.join()
     if where == "after":
         backward()
     assert not failed
