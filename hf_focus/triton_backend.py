@@ -17,7 +17,6 @@ from .iteration import turn
 from .problem import FocusOutput, FocusProblem
 from .triton_configs import (
     INTERPRETER,
-    Chip,
     Config,
     Sizes,
     backward_config,
@@ -64,12 +63,10 @@ def refusal(problem: FocusProblem, training: bool) -> str | None:
             f"up to {LARGEST_FLOAT32_HEAD} in float32, where F does not fit on chip, up to {LARGEST_HEAD} in 16 bits"
         )
         return bad_value("query.shape[-1]", max(q.shape[-1], v.shape[-1]), accepted)
-    chip, sizes = _chip(q.device), Sizes.of(problem)
-    if q.shape[2] > 1 and not forward_configs(sizes, chip):
-        accepted = "a span whose scores fit on chip: about 2,500 tokens, half of that if not causal"
-        return bad_value("max_span", problem.max_span, accepted)
-    if training and backward_config(sizes, chip) is None:
-        accepted = f"less, on a GPU with {chip.shared_memory} bytes of shared memory"
+    shared_memory, sizes = _shared_memory(q.device), Sizes.of(problem)
+    fits = q.shape[2] == 1 or forward_configs(sizes, shared_memory)
+    if not fits or (training and backward_config(sizes, shared_memory) is None):
+        accepted = f"less, on a GPU with {shared_memory} bytes of shared memory"
         return bad_value("query.shape[-1]", q.shape[-1], accepted)
     if training and torch.are_deterministic_algorithms_enabled():
         return "it adds gradients in no fixed order, which torch.use_deterministic_algorithms forbids"
@@ -83,12 +80,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _chip(device: torch.device) -> Chip:
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have."""
     if device.type != "cuda":
-        return Chip(227 * 1024, True)
-    properties = torch.cuda.get_device_properties(device)
-    shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Chip(shared_memory, torch.version.hip is None and properties.major in (9, 10))
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
 def _on_device(x: Tensor) -> Any:
@@ -217,30 +213,29 @@ def solve(problem: FocusProblem) -> FocusOutput:
     if batch * heads * length:
         with _on_device(p.query):
             if length == 1:
-                for name in ("length", "PRECISION"):
-                    del arguments[name]
+                del arguments["length"]
                 decode_kernel[(batch * heads,)](**arguments, **decode_config(p))
             else:
-                sizes = Sizes.of(p)
 
                 def launch(config: Config) -> None:
                     blocks = triton.cdiv(length, config.block_q)
-                    forward_kernel[(batch * heads * blocks,)](**arguments, **config.options(sizes))
+                    forward_kernel[(batch * heads * blocks,)](**arguments, **config.options)
 
-                launch(_tuned(p, sizes, launch))
+                launch(_tuned(p, launch))
     return FocusOutput(*(arguments[name] for name in ("output", "entropy", "coverage", "iterations")))
 
 
-def _tuned(p: FocusProblem, sizes: Sizes, launch: Any) -> Config:
+def _tuned(p: FocusProblem, launch: Any) -> Config:
     """The fastest forward configuration for this kind of problem, measured once. Forward may run any number of times;
     backward, which adds into memory, may not, and is not measured."""
     if INTERPRETED:
         return INTERPRETER
-    configs = forward_configs(sizes, _chip(p.query.device))
+    sizes = Sizes.of(p)
+    configs = forward_configs(sizes, _shared_memory(p.query.device))
     if len(configs) == 1:
         return configs[0]
     queries = p.query.shape[0] * p.query.shape[1] * p.query.shape[2]
-    settings = (p.feedback, p.max_iterations, p.attention_mask is None, p.need_statistics)
+    settings = (p.max_span, p.is_causal, p.feedback, p.max_iterations, p.attention_mask is None, p.need_statistics)
     kind = (p.query.device, p.query.dtype, sizes, queries.bit_length(), *settings)
     if kind not in _TUNED:
         if torch.cuda.is_current_stream_capturing():
@@ -277,7 +272,7 @@ def backward_arguments(
     resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
     programs = min(work, resident)
     matrix_row = dim if p.rotation is None else 2 * dim
-    floats = p.max_iterations * config.block_q * (arguments["BLOCK_D"] + arguments["BLOCK_DV"] + 2)
+    wide, rows = arguments["BLOCK_D"] + arguments["BLOCK_DV"], p.max_iterations * config.block_q
     arguments |= {
         "iterations": iterations,
         "grad": grad,
@@ -294,7 +289,8 @@ def backward_arguments(
         "d_gain": zeros("gain", heads),
         "d_bias": d_bias,
         "d_bias_strides": (0,) * 4 if d_bias is None else _broadcast_strides(d_bias),
-        "scratch": torch.empty(programs * floats, dtype=torch.float32, device=device),
+        "scratch": torch.empty(programs * rows * (wide + 2), dtype=torch.float32, device=device),
+        "operands": torch.empty(programs * rows * wide, dtype=p.query.dtype, device=device),
         "blocks": blocks,
         "work": work,
     }
@@ -321,12 +317,13 @@ def differentiate(problem: FocusProblem, iterations: Tensor, grad: Tensor, wante
     Args:
         iterations: that `solve` found: the steps to go back.
     """
-    sizes = Sizes.of(problem)
-    config = INTERPRETER if INTERPRETED else backward_config(sizes, _chip(problem.query.device))
+    config = INTERPRETER
+    if not INTERPRETED:
+        config = backward_config(Sizes.of(problem), _shared_memory(problem.query.device))
     arguments, programs = backward_arguments(problem, iterations, grad, set(wanted), config)
     if programs:
         with _on_device(problem.query):
-            backward_kernel[(programs,)](**arguments, **config.options(sizes, backward=True))
+            backward_kernel[(programs,)](**arguments, **config.options)
     if problem.rotation is not None and arguments["d_matrix"] is not None:
         dim, size = problem.query.shape[-1], problem.rotation.shape[-1]
         straight, turned = arguments["d_matrix"].split(dim, dim=-1)

@@ -14,14 +14,14 @@ except ImportError as missing:
 
 from .triton_gradients import (
     add_matrix_gradient,
-    attention_weights,
     keep_tile,
     kept_tile,
     product_gradient,
-    query_of_step,
+    span_gradient,
 )
 from .triton_tiles import (
     TINY,
+    attend,
     dot,
     fed_back,
     head_number,
@@ -29,12 +29,12 @@ from .triton_tiles import (
     inverse_size_for_gradient,
     key_range,
     load_tile,
-    masked_scores,
     narrow,
     next_state,
     rotation_tile,
-    span_weight,
+    row_factor,
     store_tile,
+    tile_scores,
     unit_gradient,
 )
 
@@ -44,7 +44,7 @@ from .triton_tiles import (
 def backward_kernel(
     query, key, value, span, sharpness, readout, matrix, mix, gain, rotation, mask, bias, iterations, grad,
     d_query, d_key, d_value, d_span, d_sharpness, d_readout, d_matrix, d_mix, d_gain, d_bias,
-    scratch,
+    scratch, operands,
     query_strides, key_strides, value_strides, span_strides, sharpness_strides, readout_strides, matrix_strides,
     rotation_strides, mask_strides, bias_strides, grad_strides, d_bias_strides,
     d_matrix_row, heads, groups, length, num_keys, offset, max_iterations, blocks, work,
@@ -58,17 +58,20 @@ def backward_kernel(
 
     Gradients are float32 and contiguous, shaped as their inputs with heads and batch expanded; `d_key`, `d_value`,
     `d_matrix`, `d_mix`, `d_gain` and `d_bias` must start at zero, since many programs add into them. None: not
-    wanted. `scratch`: for each program, max_iterations·BLOCK_Q·(BLOCK_D + BLOCK_DV + 2) float32.
+    wanted. `scratch`: for each program, max_iterations·BLOCK_Q·(BLOCK_D + BLOCK_DV + 2) float32; `operands`: the same
+    without the 2, in the inputs' dtype.
     """
     local = tl.arange(0, BLOCK_Q)
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dtype = key.dtype.element_ty
     piece = tl.program_id(0)
     states = scratch + piece.to(tl.int64) * max_iterations * BLOCK_Q * (BLOCK_D + BLOCK_DV + 2)
-    # Of each iteration: the output oᵗ, replaced in (B) by its gradient
     outputs = states + max_iterations * BLOCK_Q * BLOCK_D
     normalizers = outputs + max_iterations * BLOCK_Q * BLOCK_DV
     deltas = normalizers + max_iterations * BLOCK_Q
+    # Of each iteration, rounded as products take them: the query qᵗ, and the gradient of the output oᵗ
+    asked = operands + piece.to(tl.int64) * max_iterations * BLOCK_Q * (BLOCK_D + BLOCK_DV)
+    d_outputs = asked + max_iterations * BLOCK_Q * BLOCK_D
 
     while piece < work:
         block, row_of_heads = piece % blocks, piece // blocks
@@ -106,6 +109,9 @@ def backward_kernel(
         first_position = block * BLOCK_Q + offset
         last_position = tl.minimum(block * BLOCK_Q + BLOCK_Q, length) - 1 + offset
         low, high = key_range(spans, valid, first_position, last_position, num_keys, MAX_SPAN, RAMP, CAUSAL)
+        # Rows beyond the last query have none: their block has no plateau
+        narrowest = tl.min(spans)
+        factor = row_factor(sharp, scale, softcap)
         made = tl.load(iterations + flat, mask=valid, other=0).to(tl.int32)
         count = tl.max(made)
 
@@ -126,25 +132,18 @@ def backward_kernel(
             summed = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
             for start in range(low, high, BLOCK_K):
                 keys = start + tl.arange(0, BLOCK_K)
-                at = keys[None, :]
                 k_tile = load_tile(k_base, keys, keys < high, columns, key_strides[2], key_strides[3], D)
-                product = dot(asking, tl.trans(k_tile), None, PRECISION)
-                weight = span_weight((rows + offset)[:, None] - at, spans[:, None], at < high, MAX_SPAN, RAMP, CAUSAL)
-                score, _ = masked_scores(
-                    product, weight, rows[:, None], at, sharp[:, None], mask_base, mask_strides, bias_base,
-                    bias_strides, scale, softcap, ADDITIVE_MASK,
-                )  # fmt: skip
-                higher = tl.maximum(peak, tl.max(score, 1))
-                zero = tl.where(higher == float("-inf"), 0.0, higher)
-                fade = tl.exp2(peak - zero)
-                share = tl.exp2(score - zero[:, None]) * weight
-                total = total * fade + tl.sum(share, 1)
                 v_tile = load_tile(v_base, keys, keys < high, value_columns, value_strides[2], value_strides[3], DV)
-                summed = dot(narrow(share, dtype), v_tile, summed * fade[:, None], PRECISION)
-                peak = higher
+                score, _, _ = tile_scores(
+                    asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
+                    mask_base, mask_strides, bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL,
+                    ADDITIVE_MASK, PRECISION,
+                )  # fmt: skip
+                peak, total, summed = attend(score, v_tile, peak, total, summed, PRECISION)
             attended = summed / tl.where(total == 0, 1.0, total)[:, None]
             seen = total > 0
             normalizer = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), 0.0)
+            keep_tile(asked, step, columns, asking, BLOCK_Q)
             keep_tile(states, step, columns, state, BLOCK_Q)
             keep_tile(outputs, step, value_columns, attended, BLOCK_Q)
             tl.store(normalizers + step * BLOCK_Q + local, normalizer)
@@ -186,7 +185,7 @@ def backward_kernel(
         d_gains = tl.zeros([BLOCK_Q], tl.float32)
         d_alpha = tl.zeros([BLOCK_Q], tl.float32)
         d_spans = tl.zeros([BLOCK_Q], tl.float32)
-        d_sharp = tl.zeros([BLOCK_Q], tl.float32)
+        d_factor = tl.zeros([BLOCK_Q], tl.float32)
         step = count - 1
         while step >= 0:
             attended = kept_tile(outputs, step, value_columns, BLOCK_Q)
@@ -198,30 +197,26 @@ def backward_kernel(
             d_result = load_tile(g_base, rows, valid, value_columns, grad_strides[2], grad_strides[3], DV)
             d_attended += share[:, None] * d_result
             delta = tl.sum(d_attended * attended, 1)
-            tl.debug_barrier()
-            keep_tile(outputs, step, value_columns, d_attended, BLOCK_Q)
-            tl.store(deltas + step * BLOCK_Q + local, delta)
             d_narrow = narrow(d_attended, dtype)
-            asked = query_of_step(
-                q_base, states, step, grown, rows, valid, columns, query_strides, D, BLOCK_Q, NORMALIZED
-            )
-            asking = narrow(asked, dtype)
+            keep_tile(d_outputs, step, value_columns, d_narrow, BLOCK_Q)
+            tl.store(deltas + step * BLOCK_Q + local, delta)
+            asking = kept_tile(asked, step, columns, BLOCK_Q)
             d_asking = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             for start in range(low, high, BLOCK_K):
                 keys = start + tl.arange(0, BLOCK_K)
-                at = keys[None, :]
                 k_tile = load_tile(k_base, keys, keys < high, columns, key_strides[2], key_strides[3], D)
                 v_tile = load_tile(v_base, keys, keys < high, value_columns, value_strides[2], value_strides[3], DV)
-                weights, weight, capped = attention_weights(
-                    asking, k_tile, at, high, rows, offset, spans, sharp, normalizer, mask_base, mask_strides,
-                    bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
+                score, capped, plateau = tile_scores(
+                    asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
+                    mask_base, mask_strides, bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL,
+                    ADDITIVE_MASK, PRECISION,
                 )  # fmt: skip
+                weights = tl.exp2(score - normalizer[:, None])
                 d_weights = dot(d_narrow, tl.trans(v_tile), None, PRECISION)
                 d_score = weights * (d_weights - delta[:, None])
-                d_sharp += tl.sum(d_score * capped, 1)
-                # On the edge d(log m)/dz = 1/(ramp·m); at d = z, where it begins, the reference counts it too
-                edge = (weight > 0) & (tl.abs((rows + offset)[:, None] - at) >= spans[:, None])
-                d_spans += tl.sum(tl.where(edge, d_score / (RAMP * tl.where(edge, weight, 1.0)), 0.0), 1)
+                d_factor += tl.sum(d_score * capped, 1)
+                if not plateau:
+                    d_spans += span_gradient(d_score, start, rows, offset, spans, RAMP, PRECISION)
                 d_product = product_gradient(d_score, capped, sharp, scale, softcap)
                 d_asking = dot(narrow(d_product, dtype), k_tile, d_asking, PRECISION)
 
@@ -298,7 +293,7 @@ def backward_kernel(
         if d_span is not None:
             tl.store(d_span + flat, d_spans, mask=valid)
         if d_sharpness is not None:
-            tl.store(d_sharpness + flat, d_sharp, mask=valid)
+            tl.store(d_sharpness + flat, row_factor(d_factor, scale, softcap), mask=valid)
         if d_mix is not None:
             tl.atomic_add(d_mix + head, tl.sum(d_alpha), sem="relaxed")
         if d_gain is not None:
@@ -316,17 +311,16 @@ def backward_kernel(
                 d_v_tile = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
                 d_bias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
                 for step in range(0, count):
-                    asked = query_of_step(
-                        q_base, states, step, grown, rows, valid, columns, query_strides, D, BLOCK_Q, NORMALIZED
-                    )
-                    asking = narrow(asked, dtype)
-                    d_narrow = narrow(kept_tile(outputs, step, value_columns, BLOCK_Q), dtype)
+                    asking = kept_tile(asked, step, columns, BLOCK_Q)
+                    d_narrow = kept_tile(d_outputs, step, value_columns, BLOCK_Q)
                     normalizer = tl.load(normalizers + step * BLOCK_Q + local)
                     delta = tl.load(deltas + step * BLOCK_Q + local)
-                    weights, _, capped = attention_weights(
-                        asking, k_tile, at, high, rows, offset, spans, sharp, normalizer, mask_base, mask_strides,
-                        bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
+                    score, capped, _ = tile_scores(
+                        asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest,
+                        factor, mask_base, mask_strides, bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP,
+                        CAUSAL, ADDITIVE_MASK, PRECISION,
                     )  # fmt: skip
+                    weights = tl.exp2(score - normalizer[:, None])
                     d_weights = dot(d_narrow, tl.trans(v_tile), None, PRECISION)
                     d_score = weights * (d_weights - delta[:, None])
                     if d_bias is not None:

@@ -17,12 +17,13 @@ from .triton_tiles import (
     LN_2,
     TINY,
     UNIT_TINY,
+    capped_product,
     head_number,
     key_range,
     load_tile,
     masked_scores,
     narrow,
-    span_weight,
+    row_factor,
 )
 
 
@@ -43,17 +44,15 @@ def fed_through(output, matrix, columns, value_columns, strides, D: tl.constexpr
 def key_scores(
     asking, key, keys, high, columns, strides, position, span, sharp, mask, mask_strides, bias, bias_strides,
     scale, softcap, D: tl.constexpr, MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr,
-    ADDITIVE_MASK: tl.constexpr,
+    ADDITIVE_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some keys in units of log 2, and their span weights."""
+    """Scores of some keys in units of log 2."""
     tile = load_tile(key, keys, keys < high, columns, strides[2], strides[3], D).to(tl.float32)
-    product = tl.sum(tile * asking[None, :], 1)
-    weight = span_weight(position - keys, span, keys < high, MAX_SPAN, RAMP, CAUSAL)
-    row = tl.zeros_like(keys)
-    score, _ = masked_scores(
-        product, weight, row, keys, sharp, mask, mask_strides, bias, bias_strides, scale, softcap, ADDITIVE_MASK
-    )
-    return score, weight
+    capped, row = capped_product(tl.sum(tile * asking[None, :], 1), scale, softcap), tl.zeros_like(keys)
+    return masked_scores(
+        capped, row_factor(sharp, scale, softcap), False, position - keys, span, keys < high, row, keys, mask,
+        mask_strides, bias, bias_strides, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
+    )  # fmt: skip
 
 
 # A cache that grows to a multiple of 16 is no reason for another kernel; strides that are one still are
@@ -68,7 +67,7 @@ def decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr,
     NORMALIZED: tl.constexpr, ANCHORED: tl.constexpr, RELATIVE: tl.constexpr, ADDITIVE_MASK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program a (batch, head), with an online softmax over tiles of BLOCK_K keys; arguments as `forward_kernel`.
 
@@ -111,14 +110,14 @@ def decode_kernel(
         summed = tl.zeros([BLOCK_DV], tl.float32)
         for start in range(low, high, BLOCK_K):
             keys = start + tl.arange(0, BLOCK_K)
-            score, weight = key_scores(
+            score = key_scores(
                 asking, key, keys, high, columns, key_strides, offset, spans, sharp, mask, mask_strides, bias,
-                bias_strides, scale, softcap, D, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK,
+                bias_strides, scale, softcap, D, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
             )  # fmt: skip
             higher = tl.maximum(peak, tl.max(score))
             zero = tl.where(higher == float("-inf"), 0.0, higher)
             fade = tl.exp2(peak - zero)
-            share = tl.exp2(score - zero) * weight
+            share = tl.exp2(score - zero)
             total = total * fade + tl.sum(share)
             tile = load_tile(value, keys, keys < high, value_columns, value_strides[2], value_strides[3], DV)
             summed = summed * fade + tl.sum(share[:, None] * tile.to(tl.float32), 0)
@@ -169,12 +168,12 @@ def decode_kernel(
         disorder, covered, seen = 0.0, 0.0, 0.0
         for start in range(low, high, BLOCK_K):
             keys = start + tl.arange(0, BLOCK_K)
-            score, weight = key_scores(
+            score = key_scores(
                 asking, key, keys, high, columns, key_strides, offset, spans, sharp, mask, mask_strides, bias,
-                bias_strides, scale, softcap, D, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK,
+                bias_strides, scale, softcap, D, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
             )  # fmt: skip
             zero = tl.where(peak == float("-inf"), 0.0, peak)
-            share = tl.exp2(score - zero) * weight / tl.where(total == 0, 1.0, total)
+            share = tl.exp2(score - zero) / tl.where(total == 0, 1.0, total)
             disorder -= tl.sum(tl.where(share > 0, share * tl.log2(tl.where(share > 0, share, 1.0)), 0.0))
             covered += tl.sum((share > coverage_threshold).to(tl.float32))
             seen += tl.sum((score > float("-inf")).to(tl.float32))

@@ -1,4 +1,4 @@
-"""The fused forward kernel: all iterations of a block of queries while its keys and values stay on chip."""
+"""The fused forward kernel: all iterations of a block of queries in one program."""
 
 try:
     import triton
@@ -9,29 +9,18 @@ except ImportError as missing:
 from .triton_tiles import (
     LN_2,
     TINY,
-    dot,
+    attend,
     fed_back,
     head_number,
     inverse_size,
     key_range,
     load_tile,
-    masked_scores,
     narrow,
     next_state,
-    span_weight,
+    row_factor,
     store_tile,
+    tile_scores,
 )
-
-
-@triton.jit
-def band_tile(
-    held, base, i, low, num_keys, columns, strides, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, RESIDENT: tl.constexpr
-):
-    """Tile i of the band: of the tiles held, or read again (from L2, where the band stays)."""
-    if RESIDENT:
-        return held[i]
-    keys = low + i * BLOCK_K + tl.arange(0, BLOCK_K)
-    return load_tile(base, keys, keys < num_keys, columns, strides[2], strides[3], SIZE)
 
 
 # A cache that grows to a multiple of 16 is no reason for another kernel; strides that are one still are
@@ -89,15 +78,13 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
-    RESIDENT: tl.constexpr,
 ):
-    """One program a (query block, batch and head). TILES tiles of BLOCK_K keys hold the widest possible band.
+    """One program a (query block, batch and head), with an online softmax over tiles of BLOCK_K keys.
 
-    The band's scores are kept as a tuple of TILES tiles, so that each softmax is exact in one pass. A query that has
-    stopped keeps its last query vector, so that repeating its attention repeats its output; its statistics are
-    computed once, from that vector, after the loop. RESIDENT: K and V are read before the loop and stay; else every
-    iteration reads them. The last of the five mask and bias strides is an offset in elements.
+    A query that has stopped keeps its last query vector, so that repeating its attention repeats its output; its
+    statistics are computed once, from that vector, after the loop. Every iteration reads the block's keys and values,
+    after the first from L2, while it multiplies those read before: held on chip they took so much of it that fewer
+    programs ran at once. The last of the five mask and bias strides is an offset in elements.
     """
     blocks = tl.cdiv(length, BLOCK_Q)
     block, head_row = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -126,19 +113,12 @@ def forward_kernel(
 
     # Rows beyond the last query see nothing: for them no mask may be read
     spans = tl.load(span + rows * span_strides[2], mask=valid, other=float("-inf")).to(tl.float32)
-    sharp = tl.load(sharpness + rows * sharpness_strides[2], mask=valid, other=0.0).to(tl.float32)[:, None]
+    sharp = tl.load(sharpness + rows * sharpness_strides[2], mask=valid, other=0.0).to(tl.float32)
     first_position = block * BLOCK_Q + offset
     last_position = tl.minimum(block * BLOCK_Q + BLOCK_Q, length) - 1 + offset
     low, high = key_range(spans, valid, first_position, last_position, num_keys, MAX_SPAN, RAMP, CAUSAL)
-    positions, spans = (rows + offset)[:, None], spans[:, None]
-
-    keys, values = (), ()
-    if RESIDENT:
-        for i in tl.static_range(TILES):
-            held = low + i * BLOCK_K + tl.arange(0, BLOCK_K)
-            exist = held < high
-            keys += (load_tile(key, held, exist, columns, key_strides[2], key_strides[3], D),)
-            values += (load_tile(value, held, exist, value_columns, value_strides[2], value_strides[3], DV),)
+    # Rows beyond the last query have none: their block has no plateau
+    narrowest = tl.min(spans)
 
     first = load_tile(query, rows, valid, columns, query_strides[2], query_strides[3], D).to(tl.float32)
     alpha, gains = head_number(mix, head, 0.5), head_number(gain, head, 1.0)
@@ -146,6 +126,7 @@ def forward_kernel(
     asking = narrow(first, dtype)
     if NORMALIZED:
         first = first * inverse_size(first, D)
+    factor = row_factor(sharp, scale, softcap)
     state = first
     attended = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
@@ -154,34 +135,19 @@ def forward_kernel(
     running, steps = valid, tl.zeros([BLOCK_Q], tl.int32)
     step, going = 0, 1
     while going > 0:
-        scores = ()
         peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        for i in tl.static_range(TILES):
-            at = low + i * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-            if low + i * BLOCK_K < high:
-                tile = band_tile(keys, key, i, low, high, columns, key_strides, D, BLOCK_K, RESIDENT)
-                product = dot(asking, tl.trans(tile), None, PRECISION)
-                weight = span_weight(positions - at, spans, at < high, MAX_SPAN, RAMP, CAUSAL)
-                score, _ = masked_scores(
-                    product, weight, rows[:, None], at, sharp, mask, mask_strides, bias, bias_strides, scale, softcap,
-                    ADDITIVE_MASK,
-                )  # fmt: skip
-            else:
-                score = tl.full([BLOCK_Q, BLOCK_K], float("-inf"), tl.float32)
-            scores += (score,)
-            peak = tl.maximum(peak, tl.max(score, 1))
-        # Rows that see nothing must not subtract −inf from −inf
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
         total = tl.zeros([BLOCK_Q], tl.float32)
         summed = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-        for i in tl.static_range(TILES):
-            at = low + i * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-            if low + i * BLOCK_K < high:
-                weight = span_weight(positions - at, spans, at < high, MAX_SPAN, RAMP, CAUSAL)
-                share = tl.exp2(scores[i] - peak[:, None]) * weight
-                total += tl.sum(share, 1)
-                tile = band_tile(values, value, i, low, high, value_columns, value_strides, DV, BLOCK_K, RESIDENT)
-                summed = dot(narrow(share, dtype), tile, summed, PRECISION)
+        for start in range(low, high, BLOCK_K):
+            held = start + tl.arange(0, BLOCK_K)
+            k_tile = load_tile(key, held, held < high, columns, key_strides[2], key_strides[3], D)
+            v_tile = load_tile(value, held, held < high, value_columns, value_strides[2], value_strides[3], DV)
+            score, _, _ = tile_scores(
+                asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
+                mask, mask_strides, bias, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK,
+                PRECISION,
+            )  # fmt: skip
+            peak, total, summed = attend(score, v_tile, peak, total, summed, PRECISION)
         previous = attended
         attended = summed / tl.where(total == 0, 1.0, total)[:, None]
 
@@ -218,24 +184,23 @@ def forward_kernel(
     tl.store(iterations + flat, steps.to(tl.int64), mask=valid)
 
     if entropy is not None:
-        # −Σ p·log p with p = 2^(score − peak)·m/total: one more pass, at the price of no register within the loop
+        # −Σ p·log p with p = 2^(score − peak)/total: one more pass, at the price of no register within the loop
+        zero = tl.where(peak == float("-inf"), 0.0, peak)[:, None]
         total = tl.where(total == 0, 1.0, total)[:, None]
         disorder = tl.zeros([BLOCK_Q], tl.float32)
         covered = tl.zeros([BLOCK_Q], tl.float32)
         seen = tl.zeros([BLOCK_Q], tl.float32)
-        for i in tl.static_range(TILES):
-            at = low + i * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-            if low + i * BLOCK_K < high:
-                tile = band_tile(keys, key, i, low, high, columns, key_strides, D, BLOCK_K, RESIDENT)
-                product = dot(asking, tl.trans(tile), None, PRECISION)
-                weight = span_weight(positions - at, spans, at < high, MAX_SPAN, RAMP, CAUSAL)
-                score, _ = masked_scores(
-                    product, weight, rows[:, None], at, sharp, mask, mask_strides, bias, bias_strides, scale, softcap,
-                    ADDITIVE_MASK,
-                )  # fmt: skip
-                share = tl.exp2(score - peak[:, None]) * weight / total
-                disorder -= tl.sum(tl.where(share > 0, share * tl.log2(tl.where(share > 0, share, 1.0)), 0.0), 1)
-                covered += tl.sum((share > coverage_threshold).to(tl.float32), 1)
-                seen += tl.sum((score > float("-inf")).to(tl.float32), 1)
+        for start in range(low, high, BLOCK_K):
+            held = start + tl.arange(0, BLOCK_K)
+            k_tile = load_tile(key, held, held < high, columns, key_strides[2], key_strides[3], D)
+            score, _, _ = tile_scores(
+                asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
+                mask, mask_strides, bias, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK,
+                PRECISION,
+            )  # fmt: skip
+            share = tl.exp2(score - zero) / total
+            disorder -= tl.sum(tl.where(share > 0, share * tl.log2(tl.where(share > 0, share, 1.0)), 0.0), 1)
+            covered += tl.sum((share > coverage_threshold).to(tl.float32), 1)
+            seen += tl.sum((score > float("-inf")).to(tl.float32), 1)
         tl.store(entropy + flat, disorder * LN_2, mask=valid)
         tl.store(coverage + flat, covered / tl.maximum(seen, 1.0), mask=valid)

@@ -1,4 +1,4 @@
-"""What the fused backward kernel is made of: weights and their gradients, its scratch, and the gradient of F."""
+"""What the fused backward kernel is made of: gradients of scores and spans, its scratch, and the gradient of F."""
 
 try:
     import triton
@@ -6,49 +6,27 @@ try:
 except ImportError as missing:
     raise ImportError("The fused kernels of hf_focus need `pip install triton`.") from missing
 
-from .triton_tiles import dot, load_tile, masked_scores, narrow, span_weight, store_tile
-
-
-@triton.jit
-def attention_weights(
-    asking,
-    tile,
-    at,
-    high,
-    rows,
-    offset,
-    spans,
-    sharp,
-    normalizer,
-    mask,
-    mask_strides,
-    bias,
-    bias_strides,
-    scale,
-    softcap,
-    MAX_SPAN: tl.constexpr,
-    RAMP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ADDITIVE_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """p = 2^(score − normalizer)·m of one tile, with m and the scores before the sharpness."""
-    product = dot(asking, tl.trans(tile), None, PRECISION)
-    weight = span_weight((rows + offset)[:, None] - at, spans[:, None], at < high, MAX_SPAN, RAMP, CAUSAL)
-    score, capped = masked_scores(
-        product, weight, rows[:, None], at, sharp[:, None], mask, mask_strides, bias, bias_strides, scale, softcap,
-        ADDITIVE_MASK,
-    )  # fmt: skip
-    return tl.exp2(score - normalizer[:, None]) * weight, weight, capped
+from .triton_tiles import dot, load_tile, narrow, quotient, store_tile
 
 
 @triton.jit
 def product_gradient(d_score, capped, sharp, scale, softcap):
     """From the gradient of the scores to that of q·k."""
-    d_product = d_score * sharp[:, None] * scale
+    d_product = d_score * (sharp * scale)[:, None]
     if softcap is not None:
         d_product = d_product * (1.0 - (capped / softcap) * (capped / softcap))
     return d_product
+
+
+@triton.jit
+def span_gradient(d_score, start, rows, offset, spans, RAMP: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile's part of the gradient of the spans, (rows,): on the edge d(log m)/dz = 1/(ramp·m). At d = z, where it
+    begins, the reference counts it too. The gradient of scores out of reach is 0."""
+    at = start + tl.arange(0, d_score.shape[1])[None, :]
+    far = tl.abs((rows + offset)[:, None] - at).to(tl.float32)
+    left = RAMP + spans[:, None] - far
+    edge = (left > 0) & (far >= spans[:, None])
+    return tl.sum(tl.where(edge, quotient(d_score, tl.where(edge, left, 1.0), PRECISION), 0.0), 1)
 
 
 @triton.jit
@@ -65,21 +43,6 @@ def keep_tile(kept, step, columns, tile, BLOCK_Q: tl.constexpr):
     SIZE: tl.constexpr = columns.shape[0]
     local = tl.arange(0, BLOCK_Q)
     store_tile(kept + step * BLOCK_Q * SIZE, local, local < BLOCK_Q, columns, SIZE, 1, SIZE, tile)
-
-
-@triton.jit
-def query_of_step(
-    query, states, step, grown, rows, valid, columns, strides, D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-):  # fmt: skip
-    """qᵗ: the query itself, or made of the state kept. Read anew where it is needed, which costs no registers."""
-    if NORMALIZED:
-        if step == 0:
-            asked = load_tile(query, rows, valid, columns, strides[2], strides[3], D).to(tl.float32)
-        else:
-            asked = kept_tile(states, step, columns, BLOCK_Q) * grown
-        return asked
-    return kept_tile(states, step, columns, BLOCK_Q)
 
 
 @triton.jit

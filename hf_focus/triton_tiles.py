@@ -1,12 +1,13 @@
 """What the focus kernels share: loading tiles, span weights, masked scores, and the query's update, in Triton.
 
-Scores are kept in units of log 2, for `exp2`. The span mask multiplies exp(score) instead of being added as a
-logarithm, so that an edge costs no `log`. Positions count among the keys.
+Scores are kept in units of log 2, for `exp2`, the logarithm of the span mask included. It is worked out in tiles at
+an edge of some query's span alone: within all spans it is 0. Positions count among the keys.
 """
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import libdevice
 except ImportError as missing:
     raise ImportError("The fused kernels of hf_focus need `pip install triton`.") from missing
 
@@ -78,6 +79,22 @@ def key_range(
 
 
 @triton.jit
+def on_plateau(
+    start, high, first_position, last_position, narrowest, MAX_SPAN: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Whether all queries of a block see all keys from `start` on with weight 1, none at the end of its span."""
+    end = start + BLOCK_K - 1
+    farthest = last_position - start
+    exist = end < high
+    if CAUSAL:
+        exist = exist & (end <= first_position)
+    else:
+        farthest = tl.maximum(farthest, end - first_position)
+    return exist & (farthest < MAX_SPAN) & (farthest < narrowest)
+
+
+@triton.jit
 def span_weight(distance, span, exists, MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr):
     """m(d) = clamp((ramp + z − d)/ramp, 0, 1), and 0 for keys out of reach or that do not exist."""
     far = tl.abs(distance)
@@ -89,45 +106,111 @@ def span_weight(distance, span, exists, MAX_SPAN: tl.constexpr, RAMP: tl.constex
 
 
 @triton.jit
+def log2_of_weight(weight, PRECISION: tl.constexpr):
+    """−inf of 0. One instruction, to 22 bits, where `tl.log2` is a dozen; the interpreter does not know it."""
+    if PRECISION == "widened":
+        return tl.where(weight > 0, tl.log2(tl.maximum(weight, TINY)), float("-inf"))
+    return libdevice.fast_log2f(weight)
+
+
+@triton.jit
+def quotient(x, y, PRECISION: tl.constexpr):
+    """x / y in two instructions, to 22 bits."""
+    if PRECISION == "widened":
+        return x / y
+    return libdevice.fast_dividef(x, y)
+
+
+@triton.jit
+def capped_product(product, scale, softcap):
+    """What the sharpness multiplies, but for `row_factor`: q·k, or with a softcap its capped score."""
+    if softcap is not None:
+        return softcap * tanh(product * scale / softcap)
+    return product
+
+
+@triton.jit
+def row_factor(sharpness, scale, softcap):
+    """From `capped_product` to scores."""
+    return sharpness if softcap is not None else sharpness * scale
+
+
+@triton.jit
 def masked_scores(
-    product,
-    weight,
+    capped,
+    factor,
+    plateau,
+    distance,
+    span,
+    exists,
     rows,
     columns,
-    sharpness,
     mask,
     mask_strides,
     bias,
     bias_strides,
-    scale,
-    softcap,
+    MAX_SPAN: tl.constexpr,
+    RAMP: tl.constexpr,
+    CAUSAL: tl.constexpr,
     ADDITIVE_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Scores in units of log 2, −inf where `weight` is 0 or the mask hides; and the same before the sharpness.
+    """Scores in units of log 2, log m(d) included: −inf where a span ends or a mask hides.
 
-    product, weight: q·k and m(d), of any shape; rows, columns, sharpness: broadcastable to it. Masks are read only
-    where the weight is positive: a mask may be stored as the band alone.
+    capped: `capped_product`, of any shape; factor, distance, span, exists, rows, columns: broadcastable to it;
+    plateau: m(d) is 1 everywhere, and not worked out. Masks are read only where m(d) is positive: a mask may be stored
+    as the band alone.
     """
-    capped = product * scale
-    if softcap is not None:
-        capped = softcap * tanh(capped / softcap)
-        scores = capped * (sharpness * LOG2_E)
-    else:
-        # One factor a row
-        scores = product * (sharpness * (scale * LOG2_E))
-    visible = weight > 0
+    scores = capped * (factor * LOG2_E)
+    if not plateau:
+        weight = span_weight(distance, span, exists, MAX_SPAN, RAMP, CAUSAL)
+        scores += log2_of_weight(weight, PRECISION)
     if bias is not None:
         places = bias + rows.to(tl.int64) * bias_strides[2] + columns.to(tl.int64) * bias_strides[3]
-        scores += tl.load(places, mask=visible, other=0.0).to(tl.float32) * LOG2_E
+        scores += tl.load(places, mask=scores > float("-inf"), other=0.0).to(tl.float32) * LOG2_E
     if mask is not None:
         places = mask + rows.to(tl.int64) * mask_strides[2] + columns.to(tl.int64) * mask_strides[3]
-        masked = tl.load(places, mask=visible, other=0)
+        masked = tl.load(places, mask=scores > float("-inf"), other=0)
         if ADDITIVE_MASK:
-            scores += masked.to(tl.float32) * LOG2_E
-            visible = visible & (masked.to(tl.float32) > HIDDEN)
+            masked = masked.to(tl.float32)
+            scores = tl.where(masked > HIDDEN, scores + masked * LOG2_E, float("-inf"))
         else:
-            visible = visible & (masked != 0)
-    return tl.where(visible, scores, float("-inf")), capped
+            scores = tl.where(masked != 0, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def tile_scores(
+    asking, tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor, mask,
+    mask_strides, bias, bias_strides, scale, softcap, MAX_SPAN: tl.constexpr, RAMP: tl.constexpr, CAUSAL: tl.constexpr,
+    ADDITIVE_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a block of queries on a tile of keys: scores, their `capped_product`, and whether it is `on_plateau`.
+
+    asking: (rows, features); tile: (keys, features); rows, spans, factor: (rows,); first_position, last_position: of
+    the block's queries, among the keys; narrowest: of all its spans.
+    """
+    BLOCK_K: tl.constexpr = tile.shape[0]
+    at = start + tl.arange(0, BLOCK_K)[None, :]
+    plateau = on_plateau(start, high, first_position, last_position, narrowest, MAX_SPAN, CAUSAL, BLOCK_K)
+    capped = capped_product(dot(asking, tl.trans(tile), None, PRECISION), scale, softcap)
+    scores = masked_scores(
+        capped, factor[:, None], plateau, (rows + offset)[:, None] - at, spans[:, None], at < high, rows[:, None], at,
+        mask, mask_strides, bias, bias_strides, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK, PRECISION,
+    )  # fmt: skip
+    return scores, capped, plateau
+
+
+@triton.jit
+def attend(scores, values, peak, total, summed, PRECISION: tl.constexpr):
+    """One more tile of keys in a softmax under way: its peak, its total, and its sum of values."""
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    # Rows that see nothing must not subtract −inf from −inf
+    zero = tl.where(higher == float("-inf"), 0.0, higher)
+    fade = tl.exp2(peak - zero)
+    share = tl.exp2(scores - zero[:, None])
+    summed = dot(narrow(share, values.dtype), values, summed * fade[:, None], PRECISION)
+    return higher, total * fade + tl.sum(share, 1), summed
 
 
 @triton.jit

@@ -67,13 +67,18 @@ class Case:
         heads = self.kv_heads * self.groups
         options = {"max_span": self.max_span, "ramp": self.ramp, "max_iterations": 3, **dict(self.options)}
         share = torch.rand(self.batch, 1 if self.shared_span else heads, self.length, generator=noise).double()
-        span = {"random": share * self.max_span, "zero": share * 0, "one": share * 0 + 1}[self.span]
+        spans = {
+            "random": share * self.max_span,
+            "wide": (1 + share) / 2 * self.max_span,
+            "zero": share * 0,
+            "one": share * 0 + 1,
+        }
         full = (self.batch, heads, self.length, self.num_keys)
         arguments = {
             "query": normal(self.batch, heads, self.length, self.dim),
             "key": normal(self.batch, self.kv_heads, self.num_keys, self.dim),
             "value": normal(self.batch, self.kv_heads, self.num_keys, self.value_dim),
-            "span": span,
+            "span": spans[self.span],
             "temperature": (normal(self.batch, heads, self.length) / 4).exp(),
             **options,
         }
@@ -134,7 +139,7 @@ def cases(draw: st.DrawFn, longest: int, widest: int) -> Case:
         value_dim=draw(st.integers(1, 5)),
         max_span=draw(st.integers(1, widest)),
         ramp=draw(st.integers(1, 5)),
-        span=draw(st.sampled_from(["random", "zero", "one"])),
+        span=draw(st.sampled_from(["random", "wide", "zero", "one"])),
         shared_span=draw(st.booleans()),
         mask=draw(st.sampled_from(["none", "bool", "additive", "padding"])),
         bias=draw(st.booleans()),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import Case, cases, examples, to
 from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import (
     BASE,
@@ -14,6 +15,7 @@ from triton_cases import (
     error,
     nothing_is_zero_by_luck,  # noqa: F401 - a fixture of every test
     on_device,
+    plateau_kernel,
     solve,
     solve_with_gradients,
     with_options,
@@ -61,13 +63,6 @@ def assert_equals_reference(case: Case) -> FocusOutput:
         assert ours.isfinite().all(), name
         assert error(ours, truth) < max(1e-5, 10 * error(theirs, truth)), name
     return result
-
-
-@pytest.fixture(params=[False, True], ids=["reloaded", "resident"])
-def resident(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """On a GPU the problem decides."""
-    monkeypatch.setattr(triton_backend, "INTERPRETER", INTERPRETER._replace(resident=request.param))
-    return request.param
 
 
 @given(cases(longest=30, widest=24))
@@ -130,13 +125,38 @@ def test_every_form(feedback: str, anchored: bool, stop: str, readout: bool) -> 
     assert assert_equals_reference(case).iterations.unique().numel() > 1
 
 
-def test_keys_and_values_stay(resident: bool) -> None:
-    case = with_options(replace(BASE, length=40, num_keys=60, mask="padding"), base_threshold=0.1)
-    assert_equals_reference(decided(case))
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "symmetric"])
+def test_tiles_within_all_spans(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the span mask is 1 everywhere it is not worked out: tiles before, on and behind such a plateau, masked."""
+    monkeypatch.setattr(triton_backend, "INTERPRETER", INTERPRETER._replace(block_k=16))
+    case = replace(BASE, groups=1, length=40, num_keys=90, max_span=80, span="wide", mask="padding", bias=True)
+    assert_equals_reference(decided(with_options(case, is_causal=is_causal)))
 
 
-@pytest.mark.parametrize("resident", [True], indirect=True, ids=["resident"])
-def test_mask_as_a_band_of_packed_sequences(resident: bool) -> None:
+@given(
+    start=st.integers(0, 9),
+    missing=st.integers(-1, 1),
+    first=st.integers(-5, 2),
+    more=st.integers(0, 3),
+    spare=st.sampled_from([-1.0, 0.0, 0.5, 2.0]),
+    max_span=st.sampled_from([5, 30]),
+    is_causal=st.booleans(),
+)
+@settings(examples(80))
+def test_plateau(
+    start: int, missing: int, first: int, more: int, spare: float, max_span: int, is_causal: bool
+) -> None:
+    """Exactly the tiles of 4 keys that all exist, each nearer to every query than all spans and the longest one."""
+    high, first = start + 4 - missing, start + 3 + first
+    distance = torch.arange(first, first + more + 1)[:, None] - torch.arange(start, start + 4)
+    narrowest = distance.abs().max().item() + spare
+    found = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    plateau_kernel[(1,)](found, start, high, first, first + more, narrowest, max_span, is_causal, 4)
+    near = distance.abs().max() < min(narrowest, max_span) and (distance.min() >= 0 or not is_causal)
+    assert found.item() == (near and missing <= 0)
+
+
+def test_mask_as_a_band_of_packed_sequences() -> None:
     """Packed = separate; and only the part of the mask near the diagonal is ever read."""
     case = replace(BASE, length=34, num_keys=34, max_span=9, ramp=3)
     arguments = on_device(case.arguments())

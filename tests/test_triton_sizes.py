@@ -58,7 +58,7 @@ def test_every_configuration_is_the_same_function(name: str, monkeypatch: pytest
     arguments = on_device(scaled(SIZES[name]), torch.bfloat16)
     problem = make(SIZES[name], torch.bfloat16)
     results = {}
-    for config in forward_configs(Sizes.of(problem), triton_backend._chip(problem.query.device)):
+    for config in forward_configs(Sizes.of(problem), triton_backend._shared_memory(problem.query.device)):
         monkeypatch.setattr(triton_backend, "forward_configs", lambda sizes, chip, config=config: [config])
         results[config] = solve(arguments, "triton")
     first, *others = results.values()

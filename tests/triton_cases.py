@@ -14,10 +14,12 @@ from hf_focus.problem import FocusProblem
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 from hf_focus import triton_backend
+from hf_focus.triton_tiles import on_plateau
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and not triton_backend.INTERPRETED:
@@ -89,3 +91,11 @@ def make(case: Case, dtype: torch.dtype = torch.float32, **changes: Any) -> Focu
     with keep_problems() as kept:
         focus_attention(**on_device(case.arguments(), dtype) | changes, backend="blocked")
     return kept[0]
+
+
+@triton.jit
+def plateau_kernel(
+    found, start, high, first, last, narrowest, MAX_SPAN: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_K: tl.constexpr
+) -> None:
+    """`on_plateau` of one tile, 0 or 1."""
+    tl.store(found, on_plateau(start, high, first, last, narrowest, MAX_SPAN, CAUSAL, BLOCK_K).to(tl.int32))

@@ -1,7 +1,6 @@
 """Compiles the fused kernels for a GPU that need not be there. A program: TRITON_INTERPRET must not be set."""
 
 import json
-import re
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from triton.compiler import ASTSource
 
 from hf_focus import triton_backend
 from hf_focus.problem import FocusProblem
-from hf_focus.triton_configs import Chip, Config, Sizes, backward_config, decode_config
+from hf_focus.triton_configs import Config, Sizes, backward_config, decode_config, forward_configs
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 
@@ -87,8 +86,7 @@ def problem(length: int, dim: int, span: int, dtype: torch.dtype = torch.bfloat1
 
 
 def forward(p: FocusProblem, config: Config) -> Any:
-    options = config.options(Sizes.of(p))
-    return compiled(triton_backend.forward_kernel, {**triton_backend.forward_arguments(p), **options})
+    return compiled(triton_backend.forward_kernel, {**triton_backend.forward_arguments(p), **config.options})
 
 
 def decode(p: FocusProblem) -> Any:
@@ -99,31 +97,25 @@ def backward(p: FocusProblem, config: Config) -> Any:
     iterations = torch.empty(p.query.shape[:3], dtype=torch.int64, device="meta")
     wanted = set(p.TENSORS) - {"position_bias"}
     arguments, _ = triton_backend.backward_arguments(p, iterations, torch.empty_like(p.query), wanted, config)
-    return compiled(triton_backend.backward_kernel, {**arguments, **config.options(Sizes.of(p), backward=True)})
-
-
-def tile_loads(ir: str) -> int:
-    """Two-dimensional tiles read from device memory."""
-    return len(re.findall(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr<bf16>", ir))
+    return compiled(triton_backend.backward_kernel, {**arguments, **config.options})
 
 
 def main() -> None:
     """Prints, as JSON, what a small case of each kernel compiled to."""
-    dim, span = (int(x) for x in sys.argv[1:])
-    config = Config(64, 64, 8, resident=True)
+    dim, span, shared_memory = (int(x) for x in sys.argv[1:])
     p = problem(1024, dim, span)
+    sizes = Sizes.of(p)
+    config = forward_configs(sizes, shared_memory)[0]
     kernel = forward(p, config)
-    before, loop = kernel.asm["ttgir"].split("scf.while", 1)
     value, matrix = (torch.empty(shape, device="meta") for shape in ((2, 2, 1024, 3 * dim), (8, 3 * dim, dim)))
     unequal = problem(1024, dim, span, value=value.to(torch.bfloat16), feedback_matrix=matrix)
     result = {
-        "tiles": config.tiles(Sizes.of(p)),
-        "loads_before_loop": tile_loads(before),
-        "loads_in_loop": tile_loads(loop),
+        "stages": config.stages,
+        "read_ahead": kernel.asm["ttgir"].count("ttg.async_copy_global_to_local"),
         "forward_shared": kernel.metadata.shared,
         "decode_shared": decode(problem(1, dim, span)).metadata.shared,
-        "forward_shared, values of another size": forward(unequal, Config(16, 64, 4)).metadata.shared,
-        "backward_shared": backward(p, backward_config(Sizes.of(p), Chip(227 * 1024, True))).metadata.shared,
+        "forward_shared, values of another size": forward(unequal, Config(16, 64, 4, 2)).metadata.shared,
+        "backward_shared": backward(p, backward_config(sizes, shared_memory)).metadata.shared,
     }
     print(json.dumps(result))
 
