@@ -106,7 +106,6 @@ VARIANTS: dict[str, Variant] = {
         near=1 / 8, rotate_feedback=False, **{**LONG_SPANS, "max_span": 32},
     ),
     "focus, short": _focus("FocusA, short spans", **_SHORT_AND_GROWING),
-    "focus, soft": _focus("… spans that start at half of 64 tokens, with soft ends", **LONG_SPANS),
     "hybrid, short": _focus("short sliding windows + full, no iteration", **_SHORT_AND_GROWING, **_ONE_PASS),
     "hybrid, near": _focus("sliding windows alone", near=1 / 8, **SHORT_SPANS, **_ONE_PASS),
     # Of a pretrained model: FocusA starts silent

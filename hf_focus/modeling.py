@@ -21,7 +21,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architecture import Architecture, find_architecture
-from .auto_classes import PREPROCESSORS, auto_models
+from .auto_classes import PREPROCESSORS, auto_models, name_tokenizer
 from .branch import FocusBranch
 from .configuration import FocusConfig
 from .discovery import architecture_of
@@ -274,6 +274,7 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
     for mapping in PREPROCESSORS:
         if base in mapping:
             mapping.register(config_class, mapping[base], exist_ok=True)
+    name_tokenizer(config_class.model_type, like=base.model_type)
 
 
 def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture | None]:

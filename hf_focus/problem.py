@@ -13,23 +13,25 @@ from .iteration import FEEDBACKS, ROTARY_PAIRS, STOPS
 from .masks import as_additive, read_mask
 
 
+def _is_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    # torch 2.11 cannot compile the question whether a device knows autocast
+    known = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    return known and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Every precision here is chosen; autocast would also choose differently in forward and backward."""
-    kind = x.device.type
-    if kind == "meta":
-        return nullcontext()
-    # torch 2.11 cannot compile the questions; elsewhere they are quicker than a context that changes nothing
-    if torch.compiler.is_compiling() or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    # Asking is quicker than a context that changes nothing
+    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext()
 
 
 def in_one_precision(*tensors: Tensor) -> list[Tensor]:
     """What autocast hands to attention as it would to SDPA's: rotary positions and caches have widened some of it."""
-    kind, dtype = tensors[0].device.type, tensors[0].dtype
-    known = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
-    if known and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+    first = tensors[0]
+    if _is_autocast(first) and first.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(first.device.type)
+        return [x.to(dtype) for x in tensors]
     return list(tensors)
 
 

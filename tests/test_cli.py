@@ -129,6 +129,23 @@ def test_patch(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert AutoTokenizer.from_pretrained(out)("fox")["input_ids"] == byte_tokenizer()("fox")["input_ids"]
 
 
+@pytest.mark.parametrize("named", [None, "LlamaTokenizerFast", "BertTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "phi3", "bert"])
+def test_the_tokenizer_is_the_plain_model_s(model_type: str, named: str | None, tmp_path: Path) -> None:
+    """Also where its files name no class, or another than the one that transformers takes for the model type."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": named}
+    path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+    model = TINY[model_type].build()
+    model.config.save_pretrained(tmp_path)
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    apply_focus(model).config.save_pretrained(tmp_path)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(found) is type(expected)
+    assert found("fox")["input_ids"] == expected("fox")["input_ids"]
+
+
 def test_patch_keeps_the_dtype_and_takes_another_class(plain: Path, tmp_path: Path) -> None:
     half = LlamaForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
