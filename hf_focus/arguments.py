@@ -302,7 +302,9 @@ def _flags_of_file(name: str, known: list[str]) -> list[str]:
     try:
         values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise FocusConfigError(bad_value("arguments", name, f"a well-formed file ({error})")) from error
+        # PyYAML's messages have a picture of the place, over several lines
+        reason = " ".join(str(error).split())
+        raise FocusConfigError(bad_value("arguments", name, f"a well-formed file ({reason})")) from error
     if not isinstance(values, dict):
         raise FocusConfigError(bad_value("arguments", name, "a file that holds one mapping of names to values"))
     flags: list[str] = []

@@ -13,7 +13,7 @@ from datasets import (
     concatenate_datasets,
     load_dataset,
 )
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Value
 
 from .arguments import DataArguments
@@ -145,7 +145,7 @@ def _load_named(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset
         except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
             accepted = f"a data set of the Hub, reachable from here, or a folder of data files ({_first_line(error)})"
             raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
-        except ValueError as error:
+        except (ValueError, DatasetGenerationError) as error:
             asked = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
             raise FocusDataError(bad_value("dataset", asked, _first_line(error))) from error
 

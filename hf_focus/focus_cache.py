@@ -176,7 +176,8 @@ class FocusCache(DynamicCache):
         *,
         all_patched: bool = False,
     ) -> None:
-        config = config.get_text_config(decoder=True)
+        if isinstance(config, PreTrainedConfig):
+            config = config.get_text_config(decoder=True)
         settings = getattr(config, "focus_config", None)
         if settings is None or settings["max_dist"] is None:
             raise FocusConfigError(bad_value("config", type(config).__name__, "a Focus config with max_dist"))

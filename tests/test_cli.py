@@ -239,6 +239,7 @@ def test_an_interrupted_write_leaves_no_folder(
         (["finetune", "--model-name-or-path", "{plain}"], "`output_dir` got ''"),
         (["finetune", "--output-dir", "{out}", "--learning-rat", "1", "--nonsense"], "--nonsense"),
         (["finetune", "missing.yaml"], "missing.yaml"),
+        (["finetune", "{broken}"], "a well-formed file"),
         (["evaluate", "{plain}"], "--eval-files"),
         (["evaluate", "{plain}", "--train-files", "{book}", "--eval-share", "0"], "`eval_share` got"),
         (["evaluate", "{plain}", "--eval-files", "{book}", "--batch-size", "0"], "`batch_size` got 0"),
@@ -257,9 +258,12 @@ def test_bad_input_is_told_in_one_line_with_2(
     focused: Path,
     book: Path,
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = {"plain": plain, "focused": focused, "book": book, "out": tmp_path / "out"}
+    broken = tmp_path_factory.mktemp("settings") / "broken.yaml"
+    broken.write_text("max_steps: [1\nseed: }")
+    names = {"plain": plain, "focused": focused, "book": book, "broken": broken, "out": tmp_path / "out"}
     assert main([part.format(**names) for part in argv]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

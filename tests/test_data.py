@@ -82,7 +82,10 @@ def test_bad_evaluation_files_and_sources_are_refused(tmp_path: Path) -> None:
         DataArguments(train_files=[good, write(tmp_path, "other.csv", TEXTS)], cache_dir=cache),
         DataArguments(dataset=str(tmp_path / "no_such_folder"), cache_dir=cache),
     ]
-    words = ["dataset", "dataset", "eval_files", "one format", "dataset"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "data.jsonl").write_text('{"text": "a"}\n{"text": ')
+    bad.append(DataArguments(dataset=str(tmp_path / "folder"), cache_dir=cache))
+    words = ["dataset", "dataset", "eval_files", "one format", "dataset", "dataset"]
     for args, word in zip(bad, words, strict=True):
         with pytest.raises(FocusDataError, match=word):
             load_documents(args)

@@ -273,6 +273,11 @@ def test_only_the_decoder_s_layers_count(chosen: dict[str, Any], bounded: bool, 
     assert_same_text(found, expected)
 
 
+def test_a_cache_of_no_config() -> None:
+    with pytest.raises(FocusConfigError, match="`config` got 'NoneType'"):
+        FocusCache(None)
+
+
 def test_layers_that_were_chosen_by_path_are_not_known_to_be_all() -> None:
     model = patched("llama", FocusConfig.build(SHORT, modules=r"layers\.0\."))
     with pytest.raises(FocusConfigError, match="modules"):
