@@ -53,21 +53,25 @@ def refusal(problem: FocusProblem, training: bool) -> str | None:
         return "it needs triton, which is not installed (`pip install triton`)"
     if q.device.type != "cuda" and not INTERPRETED:
         return bad_value("query.device", str(q.device), "a cuda device, or any with TRITON_INTERPRET=1 set on import")
+    if q.is_cuda and torch.version.hip is not None:
+        return bad_value("query.device", "an AMD GPU", "NVIDIA's")
     if q.is_cuda and (found := _capability(q.device))[0] < 8:
         return bad_value("query.device", f"compute capability {found[0]}.{found[1]}", "8.0 and newer")
     for name, tensor in (("key", k), ("value", v)):
         if tensor.dtype != q.dtype:
             return bad_value(f"{name}.dtype", tensor.dtype, f"the query's, {q.dtype}")
-    if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > LARGEST_FLOAT32_HEAD:
+    name, widest = max((("query", q.shape[-1]), ("value", v.shape[-1])), key=lambda named: named[1])
+    if q.dtype == torch.float32 and widest > LARGEST_FLOAT32_HEAD:
         accepted = (
             f"up to {LARGEST_FLOAT32_HEAD} in float32, where F does not fit on chip, up to {LARGEST_HEAD} in 16 bits"
         )
-        return bad_value("query.shape[-1]", max(q.shape[-1], v.shape[-1]), accepted)
+        return bad_value(f"{name}.shape[-1]", widest, accepted)
     shared_memory, sizes = _shared_memory(q.device), Sizes.of(problem)
     fits = q.shape[2] == 1 or forward_configs(sizes, shared_memory)
     if not fits or (training and backward_config(sizes, shared_memory) is None):
-        accepted = f"less, on a GPU with {shared_memory} bytes of shared memory"
-        return bad_value("query.shape[-1]", q.shape[-1], accepted)
+        why = "" if not fits else ", for gradients"
+        accepted = f"less, on a GPU with {shared_memory} bytes of shared memory{why}"
+        return bad_value(f"{name}.shape[-1]", widest, accepted)
     if training and torch.are_deterministic_algorithms_enabled():
         return "it adds gradients in no fixed order, which torch.use_deterministic_algorithms forbids"
     return None

@@ -75,7 +75,7 @@ def backward_kernel(
 
     while piece < work:
         block, row_of_heads = piece % blocks, piece // blocks
-        batch, head = (row_of_heads // heads).to(tl.int64), row_of_heads % heads
+        batch, head = (row_of_heads // heads).to(tl.int64), (row_of_heads % heads).to(tl.int64)
         kv_head = head // groups
         rows = block * BLOCK_Q + local
         valid = rows < length
@@ -144,7 +144,8 @@ def backward_kernel(
             seen = total > 0
             normalizer = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), 0.0)
             keep_tile(asked, step, columns, asking, BLOCK_Q)
-            keep_tile(states, step, columns, state, BLOCK_Q)
+            if NORMALIZED:
+                keep_tile(states, step, columns, state, BLOCK_Q)
             keep_tile(outputs, step, value_columns, attended, BLOCK_Q)
             tl.store(normalizers + step * BLOCK_Q + local, normalizer)
             if step + 1 < count:

@@ -3,6 +3,8 @@
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+
 from .problem import FocusProblem
 
 # Bytes of static shared memory that the compiler needs beside the tiles, for reductions and layout changes
@@ -10,28 +12,27 @@ SHARED_RESERVE = 18 * 1024
 
 
 class Sizes(NamedTuple):
-    """What of a problem decides on block sizes: head sizes, rounded up to powers of two, and bytes of a number."""
+    """What of a problem decides on block sizes: head sizes, rounded up to powers of two; bytes of a number; and how
+    many of mask and bias are in float32, which are read ahead as keys are (smaller numbers are not)."""
 
     dim: int
     value_dim: int
     itemsize: int
+    masks: int = 0
 
     @classmethod
     def of(cls, p: FocusProblem) -> "Sizes":
-        return cls(padded(p.query.shape[-1]), padded(p.value.shape[-1]), p.query.element_size())
+        masks = sum(x is not None and x.dtype == torch.float32 for x in (p.attention_mask, p.position_bias))
+        return cls(padded(p.query.shape[-1]), padded(p.value.shape[-1]), p.query.element_size(), masks)
 
     @property
     def widest(self) -> int:
         return max(self.dim, self.value_dim)
 
-    @property
-    def operand_bytes(self) -> int:
-        """Of a number in a product: three TF32 products need each in two parts."""
-        return 8 if self.itemsize == 4 else 2
-
 
 class Config(NamedTuple):
-    """block_q queries against tiles of block_k keys, in `warps` warps; `stages` tiles are read ahead."""
+    """block_q queries against tiles of block_k keys, in `warps` warps; `stages` tiles of both keys and values are held
+    at once, the one that is multiplied among them: 1 reads none ahead."""
 
     block_q: int
     block_k: int
@@ -48,31 +49,36 @@ class Config(NamedTuple):
             "num_stages": self.stages,
         }
 
-    def fits(self, sizes: Sizes, shared_memory: int) -> bool:
-        """Whether forward needs no more shared memory than there is: keys and values, or F; and the queries."""
+    def forward_bytes(self, sizes: Sizes) -> int:
+        """Shared memory that forward needs, at most: keys and values, or F; queries; masks."""
         read_ahead = self.stages * self.block_k * (sizes.dim + sizes.value_dim)
         held = max(read_ahead, sizes.dim * sizes.value_dim) + self.block_q * sizes.widest
-        return held * sizes.operand_bytes + SHARED_RESERVE <= shared_memory
+        masks = (self.stages - 1) * sizes.masks * self.block_q * self.block_k * 4
+        return held * sizes.itemsize + masks + SHARED_RESERVE
 
-    def fits_backward(self, sizes: Sizes, shared_memory: int) -> bool:
-        dim, value_dim = sizes.dim, sizes.value_dim
-        tiles = (self.block_k + self.block_q) * (dim + value_dim) * 3 // 2
-        fed_back = dim * value_dim + 2 * self.block_q * sizes.widest
-        return max(tiles, fed_back) * sizes.operand_bytes + SHARED_RESERVE <= shared_memory
+    def backward_bytes(self, sizes: Sizes) -> int:
+        """The same of backward."""
+        tiles = (self.block_k + self.block_q) * (sizes.dim + sizes.value_dim) * 3 // 2
+        fed_back = sizes.dim * sizes.value_dim + 2 * self.block_q * sizes.widest
+        return max(tiles, fed_back) * sizes.itemsize + SHARED_RESERVE
 
 
-# By the wider head, best guess first. Products of 64 queries and more are Hopper's asynchronous ones, which must not
-# span two groups of four warps: Triton up to 3.7 does not make one wait for the other before its operands are
-# overwritten (its issue 11047), and on an H200 results were wrong
+# By the wider head, best guess first. Products of 64 rows and more are Hopper's asynchronous ones, which must not span
+# two groups of four warps: Triton up to 3.7 does not make one wait for the other before its operands are overwritten
+# (its issue 11047), and on an H200 results were wrong. Products in three parts, of float32, come out of shared memory
+# wrongly there too: they are of fewer rows
 FORWARD = {
-    64: (Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
-    128: (Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
+    64: (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(32, 32, 4, 2)),
+    128: (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(32, 32, 4, 2)),
     256: (Config(32, 32, 8, 2), Config(16, 32, 8, 2), Config(16, 16, 8, 2)),
 }
 FORWARD_FLOAT32 = (Config(32, 32, 8, 1), Config(16, 32, 8, 1))
-
-# For heads of 64, 128 and 256 numbers of 16 bits
-BACKWARD = (Config(64, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1))
+BACKWARD = {
+    64: (Config(64, 64, 4, 1), Config(32, 32, 4, 1)),
+    128: (Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    256: (Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+}
+BACKWARD_FLOAT32 = (Config(32, 32, 8, 1), Config(16, 32, 8, 1))
 
 # Triton's interpreter has no speed to tune for; small blocks give small problems several blocks and tiles
 INTERPRETER = Config(16, 32, 4, 1)
@@ -96,16 +102,16 @@ def forward_configs(sizes: Sizes, shared_memory: int) -> tuple[Config, ...]:
     """
     if sizes.itemsize == 4:
         # With three products for one they take half a minute to compile: the first is taken unmeasured
-        return tuple(config for config in FORWARD_FLOAT32 if config.fits(sizes, shared_memory))[:1]
-    return tuple(config for config in FORWARD[max(sizes.widest, 64)] if config.fits(sizes, shared_memory))
+        return tuple(config for config in FORWARD_FLOAT32 if config.forward_bytes(sizes) <= shared_memory)[:1]
+    candidates = FORWARD[max(sizes.widest, 64)]
+    return tuple(config for config in candidates if config.forward_bytes(sizes) <= shared_memory)[:2]
 
 
 @cache
 def backward_config(sizes: Sizes, shared_memory: int) -> Config | None:
     """Block sizes for backward, which is never measured: it adds into memory. None if nothing fits."""
-    row = sizes.widest * sizes.itemsize
-    first = 0 if row <= 128 else 1 if row <= 256 else 2
-    return next((config for config in BACKWARD[first:] if config.fits_backward(sizes, shared_memory)), None)
+    candidates = BACKWARD_FLOAT32 if sizes.itemsize == 4 else BACKWARD[max(sizes.widest, 64)]
+    return next((config for config in candidates if config.backward_bytes(sizes) <= shared_memory), None)
 
 
 def decode_config(p: FocusProblem) -> dict[str, Any]:

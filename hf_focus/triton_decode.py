@@ -74,7 +74,7 @@ def decode_kernel(
     `matrix` None is the identity, where both paddings are equally wide.
     """
     row = tl.program_id(0)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     kv_head = head // groups
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     query += batch * query_strides[0] + head * query_strides[1]

@@ -88,7 +88,8 @@ def forward_kernel(
     """
     blocks = tl.cdiv(length, BLOCK_Q)
     block, head_row = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch, head = (head_row // heads).to(tl.int64), head_row % heads
+    # As wide as the offsets that are made of them
+    batch, head = (head_row // heads).to(tl.int64), (head_row % heads).to(tl.int64)
     kv_head = head // groups
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)

@@ -106,11 +106,15 @@ def span_weight(distance, span, exists, MAX_SPAN: tl.constexpr, RAMP: tl.constex
 
 
 @triton.jit
-def log2_of_weight(weight, PRECISION: tl.constexpr):
-    """−inf of 0. One instruction, to 22 bits, where `tl.log2` is a dozen; the interpreter does not know it."""
-    if PRECISION == "widened":
-        return tl.where(weight > 0, tl.log2(tl.maximum(weight, TINY)), float("-inf"))
-    return libdevice.fast_log2f(weight)
+def with_span(scores, weight, PRECISION: tl.constexpr):
+    """Scores + log m(d), −inf where m(d) is 0, whatever the score. The logarithm takes one instruction, to 22 bits,
+    where `tl.log2` takes a dozen; the interpreter does not know it."""
+    # A conditional expression would look at both
+    if PRECISION == "widened":  # noqa: SIM108
+        logarithm = tl.log2(tl.maximum(weight, TINY))
+    else:
+        logarithm = libdevice.fast_log2f(weight)
+    return tl.where(weight > 0, scores + logarithm, float("-inf"))
 
 
 @triton.jit
@@ -158,24 +162,27 @@ def masked_scores(
     """Scores in units of log 2, log m(d) included: −inf where a span ends or a mask hides.
 
     capped: `capped_product`, of any shape; factor, distance, span, exists, rows, columns: broadcastable to it;
-    plateau: m(d) is 1 everywhere, and not worked out. Masks are read only where m(d) is positive: a mask may be stored
-    as the band alone.
+    plateau: m(d) is 1 everywhere, and not worked out but for a mask or bias, which are read only where it is positive:
+    a mask may be stored as the band alone. What is read does not wait for the product: there a pipelined loop ends.
     """
     scores = capped * (factor * LOG2_E)
-    if not plateau:
+    if mask is None and bias is None:
+        if not plateau:
+            scores = with_span(scores, span_weight(distance, span, exists, MAX_SPAN, RAMP, CAUSAL), PRECISION)
+    else:
         weight = span_weight(distance, span, exists, MAX_SPAN, RAMP, CAUSAL)
-        scores += log2_of_weight(weight, PRECISION)
-    if bias is not None:
-        places = bias + rows.to(tl.int64) * bias_strides[2] + columns.to(tl.int64) * bias_strides[3]
-        scores += tl.load(places, mask=scores > float("-inf"), other=0.0).to(tl.float32) * LOG2_E
-    if mask is not None:
-        places = mask + rows.to(tl.int64) * mask_strides[2] + columns.to(tl.int64) * mask_strides[3]
-        masked = tl.load(places, mask=scores > float("-inf"), other=0)
-        if ADDITIVE_MASK:
-            masked = masked.to(tl.float32)
-            scores = tl.where(masked > HIDDEN, scores + masked * LOG2_E, float("-inf"))
-        else:
-            scores = tl.where(masked != 0, scores, float("-inf"))
+        scores = with_span(scores, weight, PRECISION)
+        if bias is not None:
+            places = bias + rows.to(tl.int64) * bias_strides[2] + columns.to(tl.int64) * bias_strides[3]
+            scores += tl.load(places, mask=weight > 0, other=0.0).to(tl.float32) * LOG2_E
+        if mask is not None:
+            places = mask + rows.to(tl.int64) * mask_strides[2] + columns.to(tl.int64) * mask_strides[3]
+            masked = tl.load(places, mask=weight > 0, other=0)
+            if ADDITIVE_MASK:
+                masked = masked.to(tl.float32)
+                scores = tl.where(masked > HIDDEN, scores + masked * LOG2_E, float("-inf"))
+            else:
+                scores = tl.where(masked != 0, scores, float("-inf"))
     return scores
 
 

@@ -65,12 +65,28 @@ def test_extreme_scores_stay_finite(dtype: torch.dtype, length: int) -> None:
     torch.testing.assert_close(once.entropy.double(), expected.entropy, rtol=1e-2, atol=1e-2)
 
 
-def test_a_nan_stays_with_the_queries_that_see_it() -> None:
-    arguments = on_device(replace(BASE, batch=2).arguments())
-    arguments["query"][0, 1, 3, 0] = float("nan")
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "padding"])
+@pytest.mark.parametrize("length", [1, 21])
+def test_a_nan_stays_with_the_queries_that_see_it(length: int, mask: str) -> None:
+    arguments = on_device(replace(BASE, batch=2, length=length, num_keys=21, mask=mask).arguments())
+    arguments["query"][0, 1, -1, 0] = float("nan")
+    if mask != "none":
+        # It sees its own key
+        arguments["attention_mask"][..., -1] = 0.0 if mask == "additive" else True
     output = solve(arguments, "triton").output
-    assert output[0, 1, 3].isnan().all()
+    assert output[0, 1, -1].isnan().all()
     assert output.isnan().sum() == output.shape[-1]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_wrong_key_stays_out_of_sight(wrong: float) -> None:
+    """Of queries before it, and of those whose span ends before it."""
+    arguments = on_device(replace(BASE, length=21, num_keys=21, max_span=4, ramp=1).arguments())
+    arguments["key"][0, 0, 10, 0] = wrong
+    output = solve(arguments, "triton").output
+    assert output[:, :, :10].isfinite().all()
+    assert output[:, :, 14:].isfinite().all()
+    assert not output[:, :, 10].isfinite().all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str)

@@ -26,6 +26,7 @@ from hf_focus.errors import FocusConfigError, FocusError
 from hf_focus.triton_backend import refusal
 from hf_focus.triton_configs import (
     BACKWARD,
+    BACKWARD_FLOAT32,
     FORWARD,
     FORWARD_FLOAT32,
     Config,
@@ -44,7 +45,7 @@ def test_scratch_does_not_grow_with_the_sequence() -> None:
         iterations = torch.ones(p.query.shape[:3], dtype=torch.int64, device=DEVICE)
         arguments, programs = triton_backend.backward_arguments(p, iterations, p.query, wanted, Config(16, 32, 4, 1))
         assert arguments["d_value"] is None
-        sizes[length] = arguments["scratch"].numel(), programs
+        sizes[length] = arguments["scratch"].numel(), arguments["operands"].numel(), programs
     first, second = sizes.values()
     assert first == second
 
@@ -109,43 +110,52 @@ def test_refuses_a_second_derivative() -> None:
 
 
 def test_configurations_fit() -> None:
-    """All head sizes have one on an A100 and newer, and the spans decide nothing."""
+    """All head sizes have one on an A100 and newer, for gradients too, and the spans decide nothing."""
     for shared_memory in (227 * 1024, 163 * 1024):
         for dtype, heads in ((torch.bfloat16, (32, 64, 96, 128, 256)), (torch.float32, (32, 64, 96, 128))):
             for dim in heads:
                 case = Case(groups=1, length=2, num_keys=3000, dim=dim, value_dim=dim, max_span=64, kv_heads=1)
                 sizes = Sizes.of(make(case, dtype))
                 assert sizes == Sizes.of(make(replace(case, max_span=2048), dtype))
-                assert all(config.fits(sizes, shared_memory) for config in forward_configs(sizes, shared_memory))
-                assert forward_configs(sizes, shared_memory)
-                # Gradients of heads of 128 in float32 take more
-                held = shared_memory < 227 * 1024 and (dtype, dim) in ((torch.float32, 96), (torch.float32, 128))
-                assert (backward_config(sizes, shared_memory) is None) == held
+                forward = forward_configs(sizes, shared_memory)
+                assert forward
+                assert all(config.forward_bytes(sizes) <= shared_memory for config in forward)
+                assert backward_config(sizes, shared_memory).backward_bytes(sizes) <= shared_memory
 
 
-def test_asynchronous_products_stay_within_a_warp_group() -> None:
+def test_products_of_several_groups_of_warps() -> None:
+    """64 rows and more are multiplied asynchronously: queries, or in gradients keys."""
     forward = [config for configs in FORWARD.values() for config in configs]
-    for config in (*forward, *FORWARD_FLOAT32, *BACKWARD):
-        assert config.block_q < 64 or config.warps == 4
+    backward = [config for configs in BACKWARD.values() for config in configs]
+    for config in (*forward, *FORWARD_FLOAT32, *backward, *BACKWARD_FLOAT32):
+        assert max(config.block_q, config.block_k) < 64 or config.warps == 4
+    assert all(config.block_q < 64 for config in (*FORWARD_FLOAT32, *BACKWARD_FLOAT32))
 
 
 def test_smaller_chips() -> None:
-    """With 99 KiB heads of 128 fit in 16 bits, and in 32 do not."""
+    """99 KiB are enough for heads of 128, not for those of 256; float32 masks take room."""
     small = 99 * 1024
-    assert forward_configs(Sizes(128, 128, 2), small)
-    assert backward_config(Sizes(128, 128, 2), small)
-    assert not forward_configs(Sizes(128, 128, 4), small)
+    for itemsize in (2, 4):
+        assert forward_configs(Sizes(128, 128, itemsize), small)
+        assert backward_config(Sizes(128, 128, itemsize), small)
+    assert not forward_configs(Sizes(256, 256, 2), small)
+    assert Sizes.of(make(replace(BASE, mask="additive", bias=True))).masks == 2
+    assert Sizes.of(make(replace(BASE, mask="additive", bias=True), torch.bfloat16)).masks == 0
+    plain, masked = (forward_configs(Sizes(128, 128, 2, masks), small) for masks in (0, 2))
+    assert masked[0].block_q < plain[0].block_q
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_kernels_compile_for_a_gpu(dim: int, tmp_path: Path, bare: Bare) -> None:
-    """Without the GPU; and K and V are read ahead, for each stage once before the loop and once in it."""
+    """Without the GPU; K and V are read ahead, so are float32 masks and biases, and it fits as was reckoned."""
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         pytest.skip("this triton cannot compile for NVIDIA GPUs")
-    shared_memory = 227 * 1024
-    arguments = (str(dim), "64", str(shared_memory))
-    done = bare.run("import triton_compile; triton_compile.main()", *arguments, TRITON_CACHE_DIR=str(tmp_path))
+    done = bare.run("import triton_compile; triton_compile.main()", str(dim), "64", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["read_ahead"] >= 2 * found["stages"]
-    assert max(found[name] for name in found if "shared" in name) <= shared_memory
+    # Each once in the loop, and before it for every stage but the last
+    assert found["forward"]["read_ahead"] == 2 * found["forward"]["stages"]
+    assert found["forward, masked"]["read_ahead"] == 4 * found["forward, masked"]["stages"]
+    assert len(found) == 6
+    for name, kernel in found.items():
+        assert kernel["shared"] <= kernel["reckoned"], name

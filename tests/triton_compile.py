@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from hf_focus import triton_backend
 from hf_focus.problem import FocusProblem
 from hf_focus.triton_configs import Config, Sizes, backward_config, decode_config, forward_configs
 
+# Bytes of shared memory
+HOPPER = 227 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
@@ -100,24 +103,38 @@ def backward(p: FocusProblem, config: Config) -> Any:
     return compiled(triton_backend.backward_kernel, {**arguments, **config.options})
 
 
+def facts(kernel: Any, config: Config | None, reckoned: int) -> dict[str, int]:
+    return {
+        "stages": config.stages if config else 1,
+        "read_ahead": kernel.asm["ttgir"].count("ttg.async_copy_global_to_local"),
+        "shared": kernel.metadata.shared,
+        "reckoned": reckoned,
+    }
+
+
 def main() -> None:
     """Prints, as JSON, what a small case of each kernel compiled to."""
-    dim, span, shared_memory = (int(x) for x in sys.argv[1:])
-    p = problem(1024, dim, span)
-    sizes = Sizes.of(p)
-    config = forward_configs(sizes, shared_memory)[0]
-    kernel = forward(p, config)
-    value, matrix = (torch.empty(shape, device="meta") for shape in ((2, 2, 1024, 3 * dim), (8, 3 * dim, dim)))
-    unequal = problem(1024, dim, span, value=value.to(torch.bfloat16), feedback_matrix=matrix)
-    result = {
-        "stages": config.stages,
-        "read_ahead": kernel.asm["ttgir"].count("ttg.async_copy_global_to_local"),
-        "forward_shared": kernel.metadata.shared,
-        "decode_shared": decode(problem(1, dim, span)).metadata.shared,
-        "forward_shared, values of another size": forward(unequal, Config(16, 64, 4, 2)).metadata.shared,
-        "backward_shared": backward(p, backward_config(sizes, shared_memory)).metadata.shared,
-    }
-    print(json.dumps(result))
+    dim, span = (int(x) for x in sys.argv[1:])
+    p = problem(1024, dim, span, need_statistics=False)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    wide = {"attention_mask": empty(2, 8, 1024, 1024), "position_bias": empty(1, 8, 1024, 1024)}
+    values = {"value": empty(2, 2, 1024, 2 * dim, dtype=torch.bfloat16), "feedback_matrix": empty(8, 2 * dim, dim)}
+    found = {}
+    for name, q in {
+        "forward": p,
+        "forward, masked": replace(p, **wide),
+        "forward, statistics": replace(p, need_statistics=True),
+        "forward, values of another size": replace(p, **values),
+    }.items():
+        config = forward_configs(Sizes.of(q), HOPPER)[0]
+        found[name] = facts(forward(q, config), config, config.forward_bytes(Sizes.of(q)))
+    config = backward_config(Sizes.of(p), HOPPER)
+    found["backward"] = facts(backward(p, config), config, config.backward_bytes(Sizes.of(p)))
+    found["decode"] = facts(decode(problem(1, dim, span)), None, HOPPER)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
