@@ -100,8 +100,8 @@ NOTES: dict[str, str] = {
         anything: spans stay about as they began, and that is as well: with 10 and 30 times its learning rate the
         predictor lengthens them, to 2.424 and 2.433 bits on that seed. Of spans that begin at half of 64 tokens a
         refiner with `span_cost=0.5` takes away a third of the keys read, 30 instead of 41, at the same 2.440 bits;
-        with the default of 0.01 next to none. The row of the seed's reward was measured last, when cells of short spans
-        were smaller: its FLOPs are not comparable with the others'.
+        with the default of 0.01 next to none. The row of the seed's reward was measured last, when cells of short
+        spans were smaller: its FLOPs are not comparable with the others'.
     """,
 }
 

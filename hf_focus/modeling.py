@@ -30,6 +30,7 @@ from .focus_cache import FocusCache
 from .focus_configs import MODEL_TYPE_PREFIX, focus_config_class, is_focus, repoint, to_focus, with_plain_parts
 from .interface import focus_name, global_name, register_interface
 from .model_masks import as_tensor
+from .peft_targets import name_targets
 from .penalty import with_span_penalty
 from .refiner import Refiner
 from .routing import change_class
@@ -274,7 +275,8 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
     for mapping in PREPROCESSORS:
         if base in mapping:
             mapping.register(config_class, mapping[base], exist_ok=True)
-    name_tokenizer(config_class.model_type, like=base.model_type)
+    for name in (name_tokenizer, name_targets):
+        name(config_class.model_type, like=base.model_type)
 
 
 def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture | None]:

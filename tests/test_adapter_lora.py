@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import SETTINGS, TINY, logits, make_inputs, randomize
 from tiny_adapters import ADAPTER, adapted, layers_of, lora_config, settings
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_focus import apply_focus, focus_model_class
 from hf_focus.errors import FocusConfigError, FocusError
@@ -83,3 +84,18 @@ def test_lora_config_of_peft_reloads_on_a_patched_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(apply_focus(TINY["llama"].build(), SETTINGS), tmp_path)
     assert torch.equal(logits(loaded, **make_inputs("llama")), logits(model, **make_inputs("llama")))
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, IA3Config], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_default_modules_are_the_plain_model_s(name: str, kind: type[PeftConfig]) -> None:
+    """Where no `target_modules` are named, PEFT goes by the model type."""
+
+    def adapted_modules(model: PreTrainedModel) -> set[str]:
+        named = get_peft_model(model, kind()).named_modules()
+        return {path for path, module in named if isinstance(module, BaseTunerLayer)}
+
+    expected = adapted_modules(TINY[name].build())
+    assert expected
+    assert adapted_modules(apply_focus(TINY[name].build())) == expected
