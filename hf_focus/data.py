@@ -139,13 +139,23 @@ def _without_bad_lines(paths: list[Path], argument: str, cache_dir: str | None) 
 def _load_named(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     def load(split: str | None) -> Any:
         try:
-            return load_dataset(
+            rows = load_dataset(
                 args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir, streaming=args.streaming
             )
+            if split is not None and args.streaming:
+                # What is wrong with its first rows shows when they are read
+                try:
+                    _has_rows(rows)
+                except ValueError as error:
+                    raise DatasetGenerationError from error
+            return rows
         except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
             accepted = f"a data set of the Hub, reachable from here, or a folder of data files ({_first_line(error)})"
             raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
-        except (ValueError, DatasetGenerationError) as error:
+        except DatasetGenerationError as error:
+            accepted = f"well-formed data ({_first_line(error)})"
+            raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
+        except ValueError as error:
             asked = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
             raise FocusDataError(bad_value("dataset", asked, _first_line(error))) from error
 

@@ -22,8 +22,9 @@ def _is_autocast(x: Tensor) -> bool:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Every precision here is chosen; autocast would also choose differently in forward and backward."""
-    # Asking is quicker than a context that changes nothing
-    return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext()
+    # An exported graph may run under autocast, without which it was made; else asking is quicker than a context
+    compiling = torch.compiler.is_compiling() and x.device.type != "meta"
+    return torch.autocast(x.device.type, enabled=False) if compiling or _is_autocast(x) else nullcontext()
 
 
 def in_one_precision(*tensors: Tensor) -> list[Tensor]:

@@ -42,6 +42,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 LARGEST_FLOAT32_HEAD = 128
 
+# Configurations that are measured; the others are for what does not fit
+CANDIDATES = 2
 # The fastest configuration by shape, found on first use
 _TUNED: dict[tuple[Any, ...], Config] = {}
 
@@ -239,13 +241,16 @@ def _tuned(p: FocusProblem, launch: Any) -> Config:
     if len(configs) == 1:
         return configs[0]
     queries = p.query.shape[0] * p.query.shape[1] * p.query.shape[2]
-    settings = (p.max_span, p.is_causal, p.feedback, p.max_iterations, p.attention_mask is None, p.need_statistics)
-    kind = (p.query.device, p.query.dtype, sizes, queries.bit_length(), *settings)
+    masks = tuple(None if x is None else x.dtype for x in (p.attention_mask, p.position_bias))
+    settings = (p.max_span, p.is_causal, p.feedback, p.max_iterations, p.need_statistics)
+    kind = (p.query.device, p.query.dtype, sizes, queries.bit_length(), *masks, *settings)
     if kind not in _TUNED:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
         times = {}
         for config in configs:
+            if len(times) == CANDIDATES:
+                break
             try:
                 times[config] = triton.testing.do_bench(lambda config=config: launch(config), warmup=5, rep=20)
             except (triton.runtime.OutOfResources, triton.runtime.errors.PTXASError):

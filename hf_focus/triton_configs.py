@@ -3,8 +3,6 @@
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
-
 from .problem import FocusProblem
 
 # Bytes of static shared memory that the compiler needs beside the tiles, for reductions and layout changes
@@ -12,18 +10,19 @@ SHARED_RESERVE = 18 * 1024
 
 
 class Sizes(NamedTuple):
-    """What of a problem decides on block sizes: head sizes, rounded up to powers of two; bytes of a number; and how
-    many of mask and bias are in float32, which are read ahead as keys are (smaller numbers are not)."""
+    """What of a problem decides on block sizes: head sizes, rounded up to powers of two; bytes of a number; and bytes
+    of a pair's mask and bias, where those have 4 or more, and are read ahead as keys are."""
 
     dim: int
     value_dim: int
     itemsize: int
-    masks: int = 0
+    mask_bytes: int = 0
 
     @classmethod
     def of(cls, p: FocusProblem) -> "Sizes":
-        masks = sum(x is not None and x.dtype == torch.float32 for x in (p.attention_mask, p.position_bias))
-        return cls(padded(p.query.shape[-1]), padded(p.value.shape[-1]), p.query.element_size(), masks)
+        sizes = [x.dtype.itemsize for x in (p.attention_mask, p.position_bias) if x is not None]
+        mask_bytes = sum(size for size in sizes if size >= 4)
+        return cls(padded(p.query.shape[-1]), padded(p.value.shape[-1]), p.query.element_size(), mask_bytes)
 
     @property
     def widest(self) -> int:
@@ -53,7 +52,7 @@ class Config(NamedTuple):
         """Shared memory that forward needs, at most: keys and values, or F; queries; masks."""
         read_ahead = self.stages * self.block_k * (sizes.dim + sizes.value_dim)
         held = max(read_ahead, sizes.dim * sizes.value_dim) + self.block_q * sizes.widest
-        masks = (self.stages - 1) * sizes.masks * self.block_q * self.block_k * 4
+        masks = (self.stages - 1) * self.block_q * self.block_k * sizes.mask_bytes
         return held * sizes.itemsize + masks + SHARED_RESERVE
 
     def backward_bytes(self, sizes: Sizes) -> int:
@@ -63,10 +62,10 @@ class Config(NamedTuple):
         return max(tiles, fed_back) * sizes.itemsize + SHARED_RESERVE
 
 
-# By the wider head, best guess first. Products of 64 rows and more are Hopper's asynchronous ones, which must not span
+# By the wider head, best guess first. Products of 64 rows and more are Hopper's asynchronous ones. They must not span
 # two groups of four warps: Triton up to 3.7 does not make one wait for the other before its operands are overwritten
-# (its issue 11047), and on an H200 results were wrong. Products in three parts, of float32, come out of shared memory
-# wrongly there too: they are of fewer rows
+# (its issue 11047), and results in float32, of three products each, were wrong on an H200. Rows are queries, in
+# gradients keys, and for the gradient of F its own: with eight warps that is one product, with a barrier behind it
 FORWARD = {
     64: (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(32, 32, 4, 2)),
     128: (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(32, 32, 4, 2)),
@@ -78,7 +77,7 @@ BACKWARD = {
     128: (Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
-BACKWARD_FLOAT32 = (Config(32, 32, 8, 1), Config(16, 32, 8, 1))
+BACKWARD_FLOAT32 = (Config(32, 32, 4, 1), Config(16, 32, 4, 1))
 
 # Triton's interpreter has no speed to tune for; small blocks give small problems several blocks and tiles
 INTERPRETER = Config(16, 32, 4, 1)
@@ -104,7 +103,7 @@ def forward_configs(sizes: Sizes, shared_memory: int) -> tuple[Config, ...]:
         # With three products for one they take half a minute to compile: the first is taken unmeasured
         return tuple(config for config in FORWARD_FLOAT32 if config.forward_bytes(sizes) <= shared_memory)[:1]
     candidates = FORWARD[max(sizes.widest, 64)]
-    return tuple(config for config in candidates if config.forward_bytes(sizes) <= shared_memory)[:2]
+    return tuple(config for config in candidates if config.forward_bytes(sizes) <= shared_memory)
 
 
 @cache

@@ -52,7 +52,7 @@ def add_matrix_gradient(
 ):  # fmt: skip
     """oᵀ·∂(o·F), added to one head's (DV, D) at `d_matrix`, which other programs add to as well."""
     d_tile = dot(tl.trans(narrow(output, d_fed.dtype)), d_fed, None, PRECISION)
-    # Of wide heads an asynchronous product of two groups of warps, see `triton_configs`: what it reads must stay
+    # Of heads of 256 an asynchronous product of two groups of warps, see `triton_configs`: what it reads must stay
     tl.debug_barrier()
     places = value_columns[:, None] * row_stride + columns[None, :]
     exists = (value_columns < DV)[:, None] & (columns < D)[None, :]

@@ -11,6 +11,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlavaConfig, LlavaForCondi
 
 from hf_focus import FocusConfig, apply_focus, focus_model_class, remove_focus
 from hf_focus.errors import UnsupportedArchitectureError
+from hf_focus.problem import without_autocast
 
 KINDS = ("llama", "bert", "t5", "vit")
 
@@ -87,6 +88,18 @@ def test_export(name: str) -> None:
     with torch.no_grad():
         exported = program.module()(**inputs)
     torch.testing.assert_close(exported.logits, logits(model, **inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_keeps_its_precision_under_autocast(strict: bool) -> None:
+    class Product(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with without_autocast(x):
+                return x @ x
+
+    exported = torch.export.export(Product(), (torch.eye(3),), strict=strict).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert exported(torch.eye(3)).dtype == torch.float32
 
 
 def test_quantized_base_weights() -> None:

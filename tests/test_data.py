@@ -84,8 +84,8 @@ def test_bad_evaluation_files_and_sources_are_refused(tmp_path: Path) -> None:
     ]
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "data.jsonl").write_text('{"text": "a"}\n{"text": ')
-    bad.append(DataArguments(dataset=str(tmp_path / "folder"), cache_dir=cache))
-    words = ["dataset", "dataset", "eval_files", "one format", "dataset", "dataset"]
+    bad += [DataArguments(dataset=str(tmp_path / "folder"), cache_dir=cache, streaming=x) for x in (False, True)]
+    words = ["dataset", "dataset", "eval_files", "one format", "dataset", "well-formed", "well-formed"]
     for args, word in zip(bad, words, strict=True):
         with pytest.raises(FocusDataError, match=word):
             load_documents(args)

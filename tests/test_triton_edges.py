@@ -80,7 +80,7 @@ def test_a_nan_stays_with_the_queries_that_see_it(length: int, mask: str) -> Non
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_wrong_key_stays_out_of_sight(wrong: float) -> None:
-    """Of queries before it, and of those whose span ends before it."""
+    """Forward, of queries before it, and of those whose span ends before it."""
     arguments = on_device(replace(BASE, length=21, num_keys=21, max_span=4, ramp=1).arguments())
     arguments["key"][0, 0, 10, 0] = wrong
     output = solve(arguments, "triton").output

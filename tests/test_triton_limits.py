@@ -124,12 +124,14 @@ def test_configurations_fit() -> None:
 
 
 def test_products_of_several_groups_of_warps() -> None:
-    """64 rows and more are multiplied asynchronously: queries, or in gradients keys."""
+    """64 rows and more are multiplied asynchronously: queries, in gradients keys, and for F's own the features."""
     forward = [config for configs in FORWARD.values() for config in configs]
     backward = [config for configs in BACKWARD.values() for config in configs]
     for config in (*forward, *FORWARD_FLOAT32, *backward, *BACKWARD_FLOAT32):
         assert max(config.block_q, config.block_k) < 64 or config.warps == 4
     assert all(config.block_q < 64 for config in (*FORWARD_FLOAT32, *BACKWARD_FLOAT32))
+    narrow = [config for widest in (64, 128) for config in BACKWARD[widest][:1]]
+    assert all(config.warps == 4 for config in (*narrow, *BACKWARD_FLOAT32))
 
 
 def test_smaller_chips() -> None:
@@ -139,9 +141,9 @@ def test_smaller_chips() -> None:
         assert forward_configs(Sizes(128, 128, itemsize), small)
         assert backward_config(Sizes(128, 128, itemsize), small)
     assert not forward_configs(Sizes(256, 256, 2), small)
-    assert Sizes.of(make(replace(BASE, mask="additive", bias=True))).masks == 2
-    assert Sizes.of(make(replace(BASE, mask="additive", bias=True), torch.bfloat16)).masks == 0
-    plain, masked = (forward_configs(Sizes(128, 128, 2, masks), small) for masks in (0, 2))
+    assert Sizes.of(make(replace(BASE, mask="additive", bias=True))).mask_bytes == 8
+    assert Sizes.of(make(replace(BASE, mask="additive", bias=True), torch.bfloat16)).mask_bytes == 0
+    plain, masked = (forward_configs(Sizes(128, 128, 2, size), small) for size in (0, 8))
     assert masked[0].block_q < plain[0].block_q
 
 
