@@ -74,7 +74,7 @@ FORWARD = {
 FORWARD_FLOAT32 = (Config(32, 32, 8, 1), Config(16, 32, 8, 1))
 BACKWARD = {
     64: (Config(64, 64, 4, 1), Config(32, 32, 4, 1)),
-    128: (Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    128: (Config(32, 32, 4, 1), Config(16, 32, 4, 1)),
     256: (Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
 BACKWARD_FLOAT32 = (Config(32, 32, 4, 1), Config(16, 32, 4, 1))

@@ -59,7 +59,7 @@ def test_every_configuration_is_the_same_function(name: str, monkeypatch: pytest
     problem = make(SIZES[name], torch.bfloat16)
     results = {}
     for config in forward_configs(Sizes.of(problem), triton_backend._shared_memory(problem.query.device)):
-        monkeypatch.setattr(triton_backend, "forward_configs", lambda sizes, chip, config=config: [config])
+        monkeypatch.setattr(triton_backend, "forward_configs", lambda sizes, shared_memory, config=config: [config])
         results[config] = solve(arguments, "triton")
     first, *others = results.values()
     assert others
