@@ -139,16 +139,9 @@ def _without_bad_lines(paths: list[Path], argument: str, cache_dir: str | None) 
 def _load_named(args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     def load(split: str | None) -> Any:
         try:
-            rows = load_dataset(
+            return load_dataset(
                 args.dataset, args.dataset_config, split=split, cache_dir=args.cache_dir, streaming=args.streaming
             )
-            if split is not None and args.streaming:
-                # What is wrong with its first rows shows when they are read
-                try:
-                    _has_rows(rows)
-                except ValueError as error:
-                    raise DatasetGenerationError from error
-            return rows
         except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
             accepted = f"a data set of the Hub, reachable from here, or a folder of data files ({_first_line(error)})"
             raise FocusDataError(bad_value("dataset", args.dataset, accepted)) from error
@@ -223,7 +216,14 @@ def _has_rows(rows: Dataset | IterableDataset) -> bool:
 
 
 def _not_empty(rows: Dataset | IterableDataset, argument: str, value: Any) -> Dataset | IterableDataset:
-    if not _has_rows(rows):
+    try:
+        has_rows = _has_rows(rows)
+    except FocusDataError:
+        raise
+    except ValueError as error:
+        # Of a stream, what is wrong with the first rows shows when they are read
+        raise FocusDataError(bad_value(argument, value, f"well-formed data ({_first_line(error)})")) from error
+    if not has_rows:
         raise FocusDataError(bad_value(argument, value, "data with at least one row"))
     return rows
 

@@ -275,8 +275,8 @@ def register_models(config_class: type[PreTrainedConfig]) -> None:
     for mapping in PREPROCESSORS:
         if base in mapping:
             mapping.register(config_class, mapping[base], exist_ok=True)
-    for name in (name_tokenizer, name_targets):
-        name(config_class.model_type, like=base.model_type)
+    name_tokenizer(config_class.model_type, like=base.model_type)
+    name_targets(config_class.model_type, like=base.model_type)
 
 
 def read_patch(config: PreTrainedConfig) -> tuple[FocusConfig, Architecture | None]:

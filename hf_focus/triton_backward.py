@@ -28,6 +28,7 @@ from .triton_tiles import (
     inverse_size,
     inverse_size_for_gradient,
     key_range,
+    key_tile,
     load_tile,
     narrow,
     next_state,
@@ -131,9 +132,8 @@ def backward_kernel(
             total = tl.zeros([BLOCK_Q], tl.float32)
             summed = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
             for start in range(low, high, BLOCK_K):
-                keys = start + tl.arange(0, BLOCK_K)
-                k_tile = load_tile(k_base, keys, keys < high, columns, key_strides[2], key_strides[3], D)
-                v_tile = load_tile(v_base, keys, keys < high, value_columns, value_strides[2], value_strides[3], DV)
+                k_tile = key_tile(k_base, start, high, columns, key_strides, D, BLOCK_K)
+                v_tile = key_tile(v_base, start, high, value_columns, value_strides, DV, BLOCK_K)
                 score, _, _ = tile_scores(
                     asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
                     mask_base, mask_strides, bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL,
@@ -204,9 +204,8 @@ def backward_kernel(
             asking = kept_tile(asked, step, columns, BLOCK_Q)
             d_asking = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             for start in range(low, high, BLOCK_K):
-                keys = start + tl.arange(0, BLOCK_K)
-                k_tile = load_tile(k_base, keys, keys < high, columns, key_strides[2], key_strides[3], D)
-                v_tile = load_tile(v_base, keys, keys < high, value_columns, value_strides[2], value_strides[3], DV)
+                k_tile = key_tile(k_base, start, high, columns, key_strides, D, BLOCK_K)
+                v_tile = key_tile(v_base, start, high, value_columns, value_strides, DV, BLOCK_K)
                 score, capped, plateau = tile_scores(
                     asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
                     mask_base, mask_strides, bias_base, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL,
@@ -306,8 +305,8 @@ def backward_kernel(
             for start in range(low, high, BLOCK_K):
                 keys = start + tl.arange(0, BLOCK_K)
                 at, exists = keys[None, :], keys < high
-                k_tile = load_tile(k_base, keys, exists, columns, key_strides[2], key_strides[3], D)
-                v_tile = load_tile(v_base, keys, exists, value_columns, value_strides[2], value_strides[3], DV)
+                k_tile = key_tile(k_base, start, high, columns, key_strides, D, BLOCK_K)
+                v_tile = key_tile(v_base, start, high, value_columns, value_strides, DV, BLOCK_K)
                 d_k_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
                 d_v_tile = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
                 d_bias_tile = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)

@@ -14,6 +14,7 @@ from .triton_tiles import (
     head_number,
     inverse_size,
     key_range,
+    key_tile,
     load_tile,
     narrow,
     next_state,
@@ -140,9 +141,8 @@ def forward_kernel(
         total = tl.zeros([BLOCK_Q], tl.float32)
         summed = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
         for start in range(low, high, BLOCK_K):
-            held = start + tl.arange(0, BLOCK_K)
-            k_tile = load_tile(key, held, held < high, columns, key_strides[2], key_strides[3], D)
-            v_tile = load_tile(value, held, held < high, value_columns, value_strides[2], value_strides[3], DV)
+            k_tile = key_tile(key, start, high, columns, key_strides, D, BLOCK_K)
+            v_tile = key_tile(value, start, high, value_columns, value_strides, DV, BLOCK_K)
             score, _, _ = tile_scores(
                 asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
                 mask, mask_strides, bias, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK,
@@ -192,8 +192,7 @@ def forward_kernel(
         covered = tl.zeros([BLOCK_Q], tl.float32)
         seen = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(low, high, BLOCK_K):
-            held = start + tl.arange(0, BLOCK_K)
-            k_tile = load_tile(key, held, held < high, columns, key_strides[2], key_strides[3], D)
+            k_tile = key_tile(key, start, high, columns, key_strides, D, BLOCK_K)
             score, _, _ = tile_scores(
                 asking, k_tile, start, high, rows, offset, first_position, last_position, spans, narrowest, factor,
                 mask, mask_strides, bias, bias_strides, scale, softcap, MAX_SPAN, RAMP, CAUSAL, ADDITIVE_MASK,

@@ -31,6 +31,13 @@ def load_tile(base, rows, valid, columns, row_stride, column_stride, SIZE: tl.co
 
 
 @triton.jit
+def key_tile(base, start, high, columns, strides, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Keys or values of one sequence and head from `start` on, (BLOCK_K, columns); 0 from `high` on."""
+    keys = start + tl.arange(0, BLOCK_K)
+    return load_tile(base, keys, keys < high, columns, strides[2], strides[3], SIZE)
+
+
+@triton.jit
 def store_tile(base, rows, valid, columns, row_stride, column_stride, SIZE: tl.constexpr, tile):
     """`tile` into the valid rows of a (rows, SIZE) matrix, in the matrix's dtype."""
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
